@@ -1,0 +1,57 @@
+# One target per need; `make help` lists them from the comments behind the double hashes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# trio-asyncio does not import on Python 3.14 yet, so the newest of these three is taken.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do p=$$(command -v python$$v) && "$$p" -c '' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml requirements-*.txt 2>/dev/null | cksum | cut -d' ' -f1)
+
+.PHONY: help demo demo-kafka test test-all check fmt proto clean setup
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make the virtual environment (every other target does it by itself)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "taskd needs Python 3.13, 3.12 or 3.11 on PATH; none was found." >&2; exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --group test --group check -e . -e plugins/taskd-demo -e plugins/taskd-webhooks
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(STAMP) ## run the main job on the embedded log: 500 webhooks, with progress and a summary
+	@$(BIN)/python plugins/taskd-webhooks/examples/demo.py --log embedded
+
+demo-kafka: $(STAMP) ## the same over Kafka (a broker from PyPI, or TASKD_TEST_KAFKA=host:port)
+	@$(BIN)/python plugins/taskd-webhooks/examples/demo.py --log kafka
+
+test: $(STAMP) ## run the tests, Kafka included
+	@$(BIN)/python -m pytest -m "not long"
+
+test-all: $(STAMP) ## run the tests and the long ones: kill loops, many seeds
+	@$(BIN)/python -m pytest
+
+check: $(STAMP) ## types, lint, format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+fmt: $(STAMP) ## format, and mend what lint can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+proto: $(STAMP) ## generate taskd/wire/generated from proto/
+	@rm -rf taskd/wire/generated && mkdir -p taskd/wire/generated
+	@cd proto && PATH="$(CURDIR)/$(BIN):$$PATH" python -m grpc_tools.protoc -I . \
+		--python_betterproto2_out=../taskd/wire/generated \
+		--python_betterproto2_opt=client_generation=none,server_generation=none \
+		$$(find . -name '*.proto' | sed 's|^\./||' | sort)
+
+clean: ## remove what was built; data folders stay
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""taskd runs functions later, reliably."""
