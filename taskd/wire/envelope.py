@@ -1,0 +1,252 @@
+"""Reads what the broker and the child need from a serialized TaskActivation, without building a message.
+
+Last value wins, as protobuf demands, unknown fields are passed over, and so is a field whose wire
+type is not the schema's. Absurd numbers are brought into range here, in one place: durations end at
+`MAX_DURATION_S`, unknown enum values count as unspecified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from taskd.errors import Undecodable
+from taskd.wire.protobuf import (
+    LENGTH,
+    VARINT,
+    bytes_field,
+    fields,
+    signed,
+    text_field,
+    varint_field,
+)
+
+# Field numbers of sentry_protos.taskbroker.v1.TaskActivation
+ID, NAMESPACE, TASKNAME, PARAMETERS_JSON, HEADERS, RECEIVED_AT, RETRY_STATE = 1, 2, 3, 4, 5, 6, 7
+PROCESSING_DEADLINE, EXPIRES, DELAY, APPLICATION, PARAMETERS = 8, 9, 11, 12, 13
+# ... and of RetryState
+ATTEMPTS, MAX_ATTEMPTS, ON_ATTEMPTS_EXCEEDED, AT_MOST_ONCE, DELAY_ON_RETRY = 1, 2, 3, 4, 5
+
+ON_ATTEMPTS_EXCEEDED_DISCARD = 1
+ON_ATTEMPTS_EXCEEDED_DEADLETTER = 2
+
+MAX_DURATION_S = 100 * 366 * 86_400  # a hundred years; sums with a time of day stay far inside 64 bits
+MAX_ID_BYTES = 1_024
+MAX_NAME_BYTES = 1_024
+UINT32_MAX = 2**32 - 1
+
+
+@dataclass(slots=True)
+class Envelope:
+    """The fields of an activation that decide its way. Durations in seconds, `received_at_ms` on the wall clock."""
+
+    id: str = ""
+    namespace: str = ""
+    taskname: str = ""
+    application: str = ""
+    received_at_ms: int | None = None
+    processing_deadline_s: int = 0
+    expires_s: int | None = None
+    delay_s: int | None = None
+    has_retry_state: bool = False
+    attempts: int = 0
+    max_attempts: int = 0
+    dead_letter: bool = False
+    at_most_once: bool = False
+    delay_on_retry_s: int | None = None
+
+
+@dataclass(slots=True)
+class CallBody(Envelope):
+    """An envelope with what the child needs to make the call."""
+
+    headers: dict[str, str] = field(default_factory=dict)
+    parameters_bytes: bytes = b""
+    parameters_json: str = ""
+
+
+def scan(raw: bytes) -> Envelope:
+    """The envelope of a serialized activation.
+
+    Raises Undecodable when the bytes are not a TaskActivation, or lack an id or a task name.
+    """
+    envelope = Envelope()
+    for number, wire_type, value, _, _ in fields(raw):
+        _read(envelope, number, wire_type, value)
+    return _checked(envelope)
+
+
+def scan_call(raw: bytes) -> CallBody:
+    """The envelope, headers and still encoded parameters of a serialized activation; raises as `scan`."""
+    body = CallBody()
+    for number, wire_type, value, _, _ in fields(raw):
+        if wire_type != LENGTH:
+            _read(body, number, wire_type, value)
+            continue
+        assert isinstance(value, bytes)
+        if number == PARAMETERS:
+            body.parameters_bytes = value
+        elif number == PARAMETERS_JSON:
+            body.parameters_json = _text(value, "parameters")
+        elif number == HEADERS:
+            name, content = _map_entry(value)
+            body.headers[name] = content
+        else:
+            _read(body, number, wire_type, value)
+    _checked(body)
+    return body
+
+
+def _read(envelope: Envelope, number: int, wire_type: int, value: int | bytes) -> None:
+    if wire_type == LENGTH:
+        assert isinstance(value, bytes)
+        if number == ID:
+            envelope.id = _text(value, "id")
+        elif number == NAMESPACE:
+            envelope.namespace = _text(value, "namespace")
+        elif number == TASKNAME:
+            envelope.taskname = _text(value, "taskname")
+        elif number == APPLICATION:
+            envelope.application = _text(value, "application")
+        elif number == RECEIVED_AT:
+            envelope.received_at_ms = _timestamp_ms(value, envelope.received_at_ms)
+        elif number == RETRY_STATE:
+            _read_retry_state(envelope, value)
+    elif wire_type == VARINT:
+        assert isinstance(value, int)
+        if number == PROCESSING_DEADLINE:
+            envelope.processing_deadline_s = min(value, MAX_DURATION_S)
+        elif number == EXPIRES:
+            envelope.expires_s = min(value, MAX_DURATION_S)
+        elif number == DELAY:
+            envelope.delay_s = min(value, MAX_DURATION_S)
+
+
+def _read_retry_state(envelope: Envelope, raw: bytes) -> None:
+    envelope.has_retry_state = True
+    for number, wire_type, value, _, _ in fields(raw):
+        if wire_type != VARINT:
+            continue
+        assert isinstance(value, int)
+        if number == ATTEMPTS:
+            envelope.attempts = value & UINT32_MAX
+        elif number == MAX_ATTEMPTS:
+            envelope.max_attempts = value & UINT32_MAX
+        elif number == ON_ATTEMPTS_EXCEEDED:
+            envelope.dead_letter = value & UINT32_MAX == ON_ATTEMPTS_EXCEEDED_DEADLETTER
+        elif number == AT_MOST_ONCE:
+            envelope.at_most_once = value != 0
+        elif number == DELAY_ON_RETRY:
+            envelope.delay_on_retry_s = min(value, MAX_DURATION_S)
+
+
+def _checked(envelope: Envelope) -> Envelope:
+    if not envelope.id:
+        raise Undecodable("the activation has no id")
+    if not envelope.taskname:
+        raise Undecodable("the activation has no task name")
+    if len(envelope.id) > MAX_ID_BYTES:
+        raise Undecodable(f"the id has {len(envelope.id)} characters, at most {MAX_ID_BYTES} are taken")
+    for name in ("namespace", "taskname", "application"):
+        if len(getattr(envelope, name)) > MAX_NAME_BYTES:
+            raise Undecodable(f"the {name} is longer than {MAX_NAME_BYTES} characters")
+    return envelope
+
+
+def _text(value: bytes, name: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise Undecodable(f"the {name} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _timestamp_ms(raw: bytes, before_ms: int | None) -> int | None:
+    seconds, nanos = divmod(before_ms or 0, 1000)
+    nanos *= 1_000_000
+    for number, wire_type, value, _, _ in fields(raw):
+        if wire_type == VARINT and number == 1:
+            assert isinstance(value, int)
+            seconds = signed(value)
+        elif wire_type == VARINT and number == 2:
+            assert isinstance(value, int)
+            nanos = value & UINT32_MAX
+    limit = 253_402_300_799  # end of the year 9999, the last a protobuf Timestamp may name
+    return min(max(seconds, 0), limit) * 1000 + min(nanos, 999_999_999) // 1_000_000
+
+
+def _map_entry(raw: bytes) -> tuple[str, str]:
+    name = content = ""
+    for number, wire_type, value, _, _ in fields(raw):
+        if wire_type == LENGTH:
+            assert isinstance(value, bytes)
+            if number == 1:
+                name = _text(value, "headers")
+            elif number == 2:
+                content = _text(value, "headers")
+    return name, content
+
+
+def timestamp(at_ms: int) -> bytes:
+    """A serialized google.protobuf.Timestamp."""
+    seconds, rest_ms = divmod(at_ms, 1000)
+    return (varint_field(1, seconds) if seconds else b"") + (
+        varint_field(2, rest_ms * 1_000_000) if rest_ms else b""
+    )
+
+
+def next_attempt(
+    raw: bytes,
+    *,
+    new_id: str,
+    received_at_ms: int,
+    max_attempts: int | None = None,
+    delay_on_retry_s: int | None = None,
+) -> bytes:
+    """The retry of a serialized activation: a new one that differs where the contract says so, and nowhere else.
+
+    New id, attempts + 1, received now, delayed by delay_on_retry (not at all when that is absent);
+    `max_attempts` and `delay_on_retry_s` replace the stored ones. Fields unknown to us survive.
+    """
+    kept = bytearray()
+    old_state = bytearray()
+    for number, wire_type, value, start, end in fields(raw):
+        if number == RETRY_STATE and wire_type == LENGTH:
+            assert isinstance(value, bytes)
+            old_state += value  # parts of one message, merged by concatenation
+        elif number not in (ID, RECEIVED_AT, DELAY):
+            kept += raw[start:end]
+    state, delay_s = _next_retry_state(bytes(old_state), max_attempts, delay_on_retry_s)
+    delay = b"" if delay_s is None else varint_field(DELAY, delay_s)
+    return (
+        text_field(ID, new_id)
+        + bytes(kept)
+        + bytes_field(RECEIVED_AT, timestamp(received_at_ms))
+        + bytes_field(RETRY_STATE, state)
+        + delay
+    )
+
+
+def _next_retry_state(
+    raw: bytes, max_attempts: int | None, delay_on_retry_s: int | None
+) -> tuple[bytes, int | None]:
+    kept = bytearray()
+    attempts = 0
+    delay_s = delay_on_retry_s
+    for number, wire_type, value, start, end in fields(raw):
+        if number == ATTEMPTS and wire_type == VARINT:
+            assert isinstance(value, int)
+            attempts = value & UINT32_MAX
+        elif number == MAX_ATTEMPTS and max_attempts is not None:
+            continue
+        elif number == DELAY_ON_RETRY and wire_type == VARINT:
+            assert isinstance(value, int)
+            if delay_on_retry_s is None:
+                delay_s = min(value, MAX_DURATION_S)
+                kept += raw[start:end]
+        else:
+            kept += raw[start:end]
+    state = varint_field(ATTEMPTS, min(attempts + 1, UINT32_MAX)) + bytes(kept)
+    if max_attempts is not None:
+        state += varint_field(MAX_ATTEMPTS, max_attempts)
+    if delay_on_retry_s is not None:
+        state += varint_field(DELAY_ON_RETRY, delay_on_retry_s)
+    return state, delay_s

@@ -1,0 +1,346 @@
+"""The frames of `taskd.v1.DispatchService/Work`, coded by hand: they are the hot path.
+
+A property test holds them against the generated messages. `proto/taskd/v1/taskd.proto` says what
+each frame means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple, TypeVar
+
+from taskd.errors import Undecodable
+from taskd.wire.protobuf import LENGTH, VARINT, bytes_field, fields, text_field, varint, varint_field
+
+VERSION = 1  # of the stream; hello carries the range a worker speaks
+
+
+class LeaseRef(NamedTuple):
+    id: str
+    fence: int
+
+
+class ResultStatus(IntEnum):
+    UNSPECIFIED = 0
+    COMPLETE = 1
+    FAILURE = 2
+    RETRY = 3
+    CRASHED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    worker_id: str
+    pool: str
+    application: str | None = None
+    namespaces: tuple[str, ...] = ()
+    store_id: str = ""
+    holding: tuple[LeaseRef, ...] = ()
+    version_min: int = VERSION
+    version_max: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    more: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    leases: tuple[LeaseRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one lease. `delay_on_retry_s` in seconds."""
+
+    id: str
+    fence: int
+    status: ResultStatus
+    reason: str = ""
+    error: str = ""
+    max_attempts: int | None = None
+    delay_on_retry_s: int | None = None
+
+    @property
+    def lease(self) -> LeaseRef:
+        return LeaseRef(self.id, self.fence)
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    leases: tuple[LeaseRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    pass
+
+
+WorkerFrame = Hello | Credit | Started | Results | HandBack | Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    version: int
+    store_id: str
+    lease_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One activation handed out. Durations in milliseconds, counted from the frame's arrival."""
+
+    id: str
+    fence: int
+    activation: bytes
+    processing_deadline_ms: int
+    expires_in_ms: int | None = None
+
+    @property
+    def lease(self) -> LeaseRef:
+        return LeaseRef(self.id, self.fence)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignments:
+    assignments: tuple[Assignment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    leases: tuple[LeaseRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    pass
+
+
+BrokerFrame = Welcome | Assignments | Taken | Draining
+
+T = TypeVar("T")
+
+
+def encode_worker_frame(frame: WorkerFrame) -> bytes:
+    match frame:
+        case Hello():
+            return bytes_field(1, _hello(frame))
+        case Credit():
+            return bytes_field(2, _number(1, frame.more))
+        case Started():
+            return bytes_field(3, _leases(frame.leases))
+        case Results():
+            return bytes_field(4, b"".join(bytes_field(1, _result(result)) for result in frame.results))
+        case HandBack():
+            return bytes_field(5, _leases(frame.leases))
+        case Heartbeat():
+            return bytes_field(6, b"")
+
+
+def encode_broker_frame(frame: BrokerFrame) -> bytes:
+    match frame:
+        case Welcome():
+            body = _number(1, frame.version) + _string(2, frame.store_id) + _number(3, frame.lease_ms)
+            return bytes_field(1, body)
+        case Assignments():
+            return bytes_field(2, b"".join(bytes_field(1, _assignment(item)) for item in frame.assignments))
+        case Taken():
+            return bytes_field(3, _leases(frame.leases))
+        case Draining():
+            return bytes_field(4, b"")
+
+
+def decode_worker_frame(raw: bytes) -> WorkerFrame:
+    """Raises Undecodable: not a frame, or of a kind this version does not know."""
+    return _decode(raw, _WORKER_FRAMES)
+
+
+def decode_broker_frame(raw: bytes) -> BrokerFrame:
+    """Raises Undecodable: not a frame, or of a kind this version does not know."""
+    return _decode(raw, _BROKER_FRAMES)
+
+
+def _decode(raw: bytes, readers: dict[int, Callable[[bytes], T]]) -> T:
+    frame: T | None = None
+    for number, wire_type, value, _, _ in fields(raw):
+        if number in readers and wire_type == LENGTH:
+            assert isinstance(value, bytes)
+            frame = readers[number](value)
+    if frame is None:
+        raise Undecodable("a frame of a kind that this version does not know")
+    return frame
+
+
+# ---- parts, each beside its reader; proto3 leaves out what has its default value
+
+
+def _number(number: int, value: int) -> bytes:
+    return varint_field(number, value) if value else b""
+
+
+def _optional(number: int, value: int | None) -> bytes:
+    return b"" if value is None else varint_field(number, value)
+
+
+def _string(number: int, value: str) -> bytes:
+    return text_field(number, value) if value else b""
+
+
+def _lease(id_: str, fence: int) -> bytes:
+    text = id_.encode()
+    return b"\x0a" + varint(len(text)) + text + b"\x10" + varint(fence)
+
+
+def _leases(leases: Iterable[LeaseRef], number: int = 1) -> bytes:
+    return b"".join(bytes_field(number, _lease(*lease)) for lease in leases)
+
+
+def _read_lease(raw: bytes) -> LeaseRef:
+    values = _values(raw)
+    return LeaseRef(_str(values, 1), _int(values, 2))
+
+
+def _read_leases(raw: bytes, number: int = 1) -> tuple[LeaseRef, ...]:
+    return tuple(_read_lease(chunk) for chunk in _repeated(raw, number))
+
+
+def _hello(frame: Hello) -> bytes:
+    return (
+        _number(1, frame.version_min)
+        + _number(2, frame.version_max)
+        + _string(3, frame.worker_id)
+        + _string(4, frame.pool)
+        + (b"" if frame.application is None else text_field(5, frame.application))
+        + b"".join(text_field(6, namespace) for namespace in frame.namespaces)
+        + _string(7, frame.store_id)
+        + _leases(frame.holding, 8)
+    )
+
+
+def _read_hello(raw: bytes) -> Hello:
+    values = _values(raw)
+    return Hello(
+        version_min=_int(values, 1),
+        version_max=_int(values, 2),
+        worker_id=_str(values, 3),
+        pool=_str(values, 4),
+        application=_str(values, 5) if 5 in values else None,
+        namespaces=tuple(_decoded(chunk) for chunk in _repeated(raw, 6)),
+        store_id=_str(values, 7),
+        holding=_read_leases(raw, 8),
+    )
+
+
+def _result(result: Result) -> bytes:
+    return (
+        _lease(result.id, result.fence)
+        + _number(3, result.status)
+        + _string(4, result.reason)
+        + _string(5, result.error)
+        + _optional(6, result.max_attempts)
+        + _optional(7, result.delay_on_retry_s)
+    )
+
+
+def _read_result(raw: bytes) -> Result:
+    values = _values(raw)
+    number = _int(values, 3)
+    if number not in _RESULT_STATUSES:
+        raise Undecodable(f"a result has status {number}; expected 1 to 4")
+    return Result(
+        id=_str(values, 1),
+        fence=_int(values, 2),
+        status=ResultStatus(number),
+        reason=_str(values, 4),
+        error=_str(values, 5),
+        max_attempts=_int(values, 6) if 6 in values else None,
+        delay_on_retry_s=_int(values, 7) if 7 in values else None,
+    )
+
+
+_RESULT_STATUSES = frozenset(status.value for status in ResultStatus) - {0}
+
+
+def _assignment(item: Assignment) -> bytes:
+    return (
+        _lease(item.id, item.fence)
+        + bytes_field(3, item.activation)
+        + _number(4, item.processing_deadline_ms)
+        + _optional(5, item.expires_in_ms)
+    )
+
+
+def _read_assignment(raw: bytes) -> Assignment:
+    values = _values(raw)
+    activation = values.get(3, b"")
+    if not isinstance(activation, bytes):
+        raise Undecodable("field 3 of an assignment is not bytes")
+    return Assignment(
+        id=_str(values, 1),
+        fence=_int(values, 2),
+        activation=activation,
+        processing_deadline_ms=_int(values, 4),
+        expires_in_ms=_int(values, 5) if 5 in values else None,
+    )
+
+
+def _read_welcome(raw: bytes) -> Welcome:
+    values = _values(raw)
+    return Welcome(version=_int(values, 1), store_id=_str(values, 2), lease_ms=_int(values, 3))
+
+
+def _values(raw: bytes) -> dict[int, int | bytes]:
+    return {number: value for number, wire_type, value, _, _ in fields(raw) if wire_type in (VARINT, LENGTH)}
+
+
+def _repeated(raw: bytes, wanted: int) -> list[bytes]:
+    return [
+        value
+        for number, wire_type, value, _, _ in fields(raw)
+        if number == wanted and wire_type == LENGTH and isinstance(value, bytes)
+    ]
+
+
+def _int(values: dict[int, int | bytes], number: int) -> int:
+    value = values.get(number, 0)
+    if not isinstance(value, int):
+        raise Undecodable(f"field {number} is not a number")
+    return value
+
+
+def _str(values: dict[int, int | bytes], number: int) -> str:
+    value = values.get(number, b"")
+    if not isinstance(value, bytes):
+        raise Undecodable(f"field {number} is not a text")
+    return _decoded(value)
+
+
+def _decoded(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise Undecodable(f"a text of a frame is not UTF-8: {error.reason}") from None
+
+
+_WORKER_FRAMES: dict[int, Callable[[bytes], Any]] = {
+    1: _read_hello,
+    2: lambda raw: Credit(_int(_values(raw), 1)),
+    3: lambda raw: Started(_read_leases(raw)),
+    4: lambda raw: Results(tuple(_read_result(chunk) for chunk in _repeated(raw, 1))),
+    5: lambda raw: HandBack(_read_leases(raw)),
+    6: lambda raw: Heartbeat(),
+}
+_BROKER_FRAMES: dict[int, Callable[[bytes], Any]] = {
+    1: _read_welcome,
+    2: lambda raw: Assignments(tuple(_read_assignment(chunk) for chunk in _repeated(raw, 1))),
+    3: lambda raw: Taken(_read_leases(raw)),
+    4: lambda raw: Draining(),
+}

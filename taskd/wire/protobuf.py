@@ -1,0 +1,98 @@
+"""A small reader and writer of the protobuf wire format, for the paths where building messages is too slow.
+
+Reading yields each field as (number, wire type, value, start, end): an int for varints and fixed
+widths, bytes for length-delimited fields; `start` and `end` let the caller keep a field as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from taskd.errors import Undecodable
+
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+UINT64_MAX = 2**64 - 1
+
+Field = tuple[int, int, "int | bytes", int, int]
+
+
+def fields(raw: bytes, start: int = 0, end: int | None = None) -> Iterator[Field]:
+    """The fields of one message in the order they lie in `raw[start:end]`.
+
+    Raises Undecodable on anything that is not the wire format: truncated fields, groups,
+    field number 0, varints beyond 64 bits.
+    """
+    position = start
+    stop = len(raw) if end is None else end
+    while position < stop:
+        begin = position
+        key, position = read_varint(raw, position, stop)
+        number, wire_type = key >> 3, key & 7
+        if number == 0 or number > 536_870_911:  # the largest number of the protobuf specification
+            raise Undecodable(f"field number {number} at byte {begin} is not a valid one")
+        if wire_type == VARINT:
+            value, position = read_varint(raw, position, stop)
+            yield number, wire_type, value, begin, position
+            continue
+        if wire_type == LENGTH:
+            length, position = read_varint(raw, position, stop)
+        elif wire_type == FIXED64:
+            length = 8
+        elif wire_type == FIXED32:
+            length = 4
+        else:
+            raise Undecodable(f"wire type {wire_type} at byte {begin} is not one that proto3 uses")
+        if length > stop - position:
+            raise Undecodable(
+                f"field {number} at byte {begin} claims {length} bytes, {stop - position} are left"
+            )
+        chunk = raw[position : position + length]
+        position += length
+        if wire_type == LENGTH:
+            yield number, wire_type, chunk, begin, position
+        else:
+            yield number, wire_type, int.from_bytes(chunk, "little"), begin, position
+
+
+def read_varint(raw: bytes, position: int, stop: int) -> tuple[int, int]:
+    """The varint at `position` and the position behind it."""
+    value = shift = 0
+    while position < stop:
+        byte = raw[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & UINT64_MAX, position
+        shift += 7
+        if shift > 63:
+            raise Undecodable(f"a varint at byte {position} is longer than 64 bits")
+    raise Undecodable("the bytes end in the middle of a varint")
+
+
+def varint(value: int) -> bytes:
+    """`value`, 0 to 2**64 - 1, as a varint."""
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def varint_field(number: int, value: int) -> bytes:
+    return varint(number << 3) + varint(value)
+
+
+def bytes_field(number: int, value: bytes) -> bytes:
+    return varint(number << 3 | LENGTH) + varint(len(value)) + value
+
+
+def text_field(number: int, value: str) -> bytes:
+    return bytes_field(number, value.encode())
+
+
+def signed(value: int) -> int:
+    """A varint read as the int64 or int32 it stands for."""
+    return value - (1 << 64) if value >> 63 else value
