@@ -37,7 +37,7 @@ UINT32_MAX = 2**32 - 1
 
 @dataclass(slots=True)
 class Envelope:
-    """The fields of an activation that decide its way. Durations in seconds, `received_at_ms` on the wall clock."""
+    """The fields that decide an activation's way. Durations in seconds, `received_at_ms` on the wall clock."""
 
     id: str = ""
     namespace: str = ""
@@ -201,7 +201,7 @@ def next_attempt(
     max_attempts: int | None = None,
     delay_on_retry_s: int | None = None,
 ) -> bytes:
-    """The retry of a serialized activation: a new one that differs where the contract says so, and nowhere else.
+    """The retry of a serialized activation: a new one that differs where a retry must, and nowhere else.
 
     New id, attempts + 1, received now, delayed by delay_on_retry (not at all when that is absent);
     `max_attempts` and `delay_on_retry_s` replace the stored ones. Fields unknown to us survive.

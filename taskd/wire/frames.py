@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from taskd.errors import Undecodable
 from taskd.wire.protobuf import LENGTH, VARINT, bytes_field, fields, text_field, varint, varint_field
@@ -330,7 +330,7 @@ def _decoded(value: bytes) -> str:
         raise Undecodable(f"a text of a frame is not UTF-8: {error.reason}") from None
 
 
-_WORKER_FRAMES: dict[int, Callable[[bytes], Any]] = {
+_WORKER_FRAMES: dict[int, Callable[[bytes], WorkerFrame]] = {
     1: _read_hello,
     2: lambda raw: Credit(_int(_values(raw), 1)),
     3: lambda raw: Started(_read_leases(raw)),
@@ -338,7 +338,7 @@ _WORKER_FRAMES: dict[int, Callable[[bytes], Any]] = {
     5: lambda raw: HandBack(_read_leases(raw)),
     6: lambda raw: Heartbeat(),
 }
-_BROKER_FRAMES: dict[int, Callable[[bytes], Any]] = {
+_BROKER_FRAMES: dict[int, Callable[[bytes], BrokerFrame]] = {
     1: _read_welcome,
     2: lambda raw: Assignments(tuple(_read_assignment(chunk) for chunk in _repeated(raw, 1))),
     3: lambda raw: Taken(_read_leases(raw)),
