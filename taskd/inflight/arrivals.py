@@ -1,0 +1,114 @@
+"""Rows come in: new activations are stored, delayed ones become due, late ones expire."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from taskd.activation.lifecycle import Event, Status
+from taskd.clock import Now
+from taskd.inflight.base import Arrival, Inserted, Outcome
+from taskd.inflight.departures import Departures
+from taskd.inflight.sqlite import SqliteStore
+
+DEFAULT_DEADLINE_S = 10  # an activation that names none; the default of namespaces
+FUTURE_TOLERANCE_MS = 300_000  # a received_at further ahead than this counts as now (design rule 2)
+
+
+class Arrivals:
+    def __init__(self, store: SqliteStore, departures: Departures) -> None:
+        self._store = store
+        self._departures = departures
+
+    def insert(self, arrivals: Sequence[Arrival], now: Now) -> Inserted:
+        """Store what is not known yet. Ids that are known, finished ones included, are passed over."""
+        results = Counter(self._insert(arrival, now) for arrival in arrivals)
+        return Inserted(
+            pending=results["pending"],
+            delayed=results["delayed"],
+            duplicate=results["duplicate"],
+            expired=results["expired"],
+        )
+
+    def _insert(self, arrival: Arrival, now: Now) -> str:
+        store, policy = self._store, self._store.policy
+        received_at_ms = arrival.received_at_ms
+        if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
+            received_at_ms = now.wall_ms
+        due_at_ms = received_at_ms + _shortened(arrival.delay_s, policy.max_delay_ms)
+        expires_at_ms = None if arrival.expires_s is None else received_at_ms + arrival.expires_s * 1000
+        deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
+        if policy.max_processing_deadline_ms is not None:
+            deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
+        event = Event.ARRIVED
+        if expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
+            event = Event.ARRIVED_EXPIRED
+        elif due_at_ms > now.wall_ms:
+            event = Event.ARRIVED_DELAYED
+        lane = store.lane_of(arrival.application, arrival.namespace)
+        status = _ARRIVED_AS[event]
+        store.run(
+            "insert",
+            arrival.id,
+            status,
+            lane.number,
+            store.next_seq(),
+            arrival.taskname,
+            arrival.topic,
+            arrival.partition,
+            arrival.offset,
+            arrival.record_key,
+            arrival.activation,
+            received_at_ms,
+            now.wall_ms,
+            due_at_ms,
+            expires_at_ms,
+            deadline_ms,
+            arrival.attempts,
+            arrival.dead_letter,
+            arrival.at_most_once,
+            "expired" if event is Event.ARRIVED_EXPIRED else None,
+        )
+        if store.db.changes() == 0:
+            return "duplicate"
+        store.move(lane.number, None, event)
+        store.measure("received_to_stored", now.wall_ms - received_at_ms)
+        if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
+            self._departures.finish(
+                store.db.last_insert_rowid(), lane.number, status, Outcome.EXPIRED, now, reason="expired"
+            )
+        return "expired" if event is Event.ARRIVED_EXPIRED else status.word
+
+    def become_due(self, limit: int, now: Now) -> int:
+        """Move delayed rows whose time has come to the end of their lanes. Returns how many."""
+        rows = self._store.run("due", now.wall_ms, limit).fetchall()
+        for row, lane in rows:
+            self._store.move(lane, Status.DELAYED, Event.BECAME_DUE)
+            self._store.run("become_due", self._store.next_seq(), row)
+        return len(rows)
+
+    def next_due_at_ms(self) -> int | None:
+        """When the next delayed row becomes due, on the wall clock."""
+        due_at_ms: int | None = self._store.one("next_due")[0]
+        return due_at_ms
+
+    def expire(self, limit: int, now: Now) -> int:
+        """Take out what waited too long. Returns how many."""
+        if not now.may_expire:
+            return 0
+        rows = self._store.run("expiring", now.wall_ms, limit).fetchall()
+        for row, status, lane, dead_letter, _ in rows:
+            self._departures.expire(row, lane, Status(status), bool(dead_letter), now)
+        return len(rows)
+
+
+_ARRIVED_AS = {
+    Event.ARRIVED: Status.PENDING,
+    Event.ARRIVED_DELAYED: Status.DELAYED,
+    Event.ARRIVED_EXPIRED: Status.EXPIRED,
+}
+
+
+def _shortened(delay_s: int | None, max_delay_ms: int | None) -> int:
+    delay_ms = (delay_s or 0) * 1000
+    return delay_ms if max_delay_ms is None else min(delay_ms, max_delay_ms)

@@ -1,0 +1,205 @@
+"""What the store of in-flight activations takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from taskd.activation.lifecycle import Status
+
+__all__ = [
+    "Arrival",
+    "ClaimRequest",
+    "Depth",
+    "Description",
+    "Inserted",
+    "Lease",
+    "LeaseKind",
+    "Leaving",
+    "Outcome",
+    "Policy",
+    "Ref",
+    "Report",
+    "ReportStatus",
+    "Settlement",
+    "Verdict",
+]
+
+
+class LeaseKind(IntEnum):
+    """How a row was handed out; stored."""
+
+    NONE = 0
+    UNARY = 1
+    STREAM = 2
+
+
+class ReportStatus(Enum):
+    """What a worker says of a lease. CRASHED leaves the decision to the store: the attempts made decide."""
+
+    COMPLETE = "complete"
+    FAILURE = "failure"
+    RETRY = "retry"
+    CRASHED = "crashed"
+
+
+class Verdict(Enum):
+    """What the store did with a report, a start or a hand-back."""
+
+    APPLIED = "applied"
+    SUPERSEDED = "superseded"  # it came under a lease that is not the row's newest
+    UNKNOWN = "unknown"  # no such row, or it is finished
+
+
+class Outcome(Enum):
+    """How a finished activation ended; stored with its tombstone."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+    RETRIED = "retried"
+    EXPIRED = "expired"
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Limits the store itself applies. Durations in milliseconds."""
+
+    max_processing_attempts: int = 5
+    max_processing_deadline_ms: int | None = None
+    max_delay_ms: int | None = None
+    grace_ms: int = 3_000
+    strict_order_namespaces: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One decoded record, ready to be stored. Durations in seconds, as produced."""
+
+    id: str
+    namespace: str
+    taskname: str
+    application: str
+    received_at_ms: int | None
+    processing_deadline_s: int
+    expires_s: int | None
+    delay_s: int | None
+    attempts: int
+    dead_letter: bool
+    at_most_once: bool
+    topic: str
+    partition: int
+    offset: int
+    record_key: bytes | None
+    activation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """What became of a batch of arrivals, in numbers."""
+
+    pending: int = 0
+    delayed: int = 0
+    duplicate: int = 0
+    expired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """Who wants how much of what. `application` None: any; `namespaces` empty: any."""
+
+    limit: int
+    kind: LeaseKind
+    holder: str | None = None
+    application: str | None = None
+    namespaces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """One lease: the hand-out of `id` under `fence`."""
+
+    id: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One activation handed out. Durations in milliseconds."""
+
+    id: str
+    fence: int
+    activation: bytes
+    deadline_ms: int
+    expires_in_ms: int | None
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.id, self.fence)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of one lease. `fence` None: reported by a unary call, which knows no fences."""
+
+    id: str
+    fence: int | None
+    status: ReportStatus
+    reason: str = ""
+    error: str = ""
+    max_attempts: int | None = None
+    delay_on_retry_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A row whose retry or dead letter is to be published before it is gone."""
+
+    id: str
+    status: Status
+    activation: bytes
+    record_key: bytes | None
+    topic: str
+    partition: int
+    offset: int
+    retry_attempts: int
+    attempts: int
+    dead_letter: bool
+    namespace: str
+    max_attempts: int | None
+    delay_on_retry_s: int | None
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What was published for a leaving row."""
+
+    id: str
+    continued_as: str | None = None
+    dead_lettered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    application: str
+    namespace: str
+    status: Status
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the store knows of one activation; `status` None: it does not know that id."""
+
+    id: str
+    status: Status | None = None
+    outcome: str = ""
+    continued_as: str = ""
+    dead_lettered: bool = False
+    attempts: int = 0
+    received_at_ms: int = 0
+    finished_at_ms: int = 0
+    reason: str = ""
+    error: str = ""

@@ -1,0 +1,118 @@
+"""Rows go out: what must be published before they are gone, and the tombstones they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from taskd.activation.lifecycle import Event, Status
+from taskd.clock import Now
+from taskd.inflight.base import Leaving, Outcome, Settlement
+from taskd.inflight.sqlite import SqliteStore
+
+OUTCOMES = {
+    Status.COMPLETE: Outcome.COMPLETE,
+    Status.RETRY: Outcome.RETRIED,
+    Status.FAILURE: Outcome.FAILED,
+    Status.EXPIRED: Outcome.EXPIRED,
+    Status.DROPPED: Outcome.DROPPED,
+}
+
+
+class Departures:
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+
+    def fail(
+        self,
+        row: int,
+        lane: int,
+        before: Status,
+        event: Event,
+        dead_letter: bool,
+        now: Now,
+        reason: str,
+        error: str,
+    ) -> None:
+        """A row failed for good: keep it until its dead letter is published, or discard it at once."""
+        status = self._store.move(lane, before, event)
+        if dead_letter:
+            self._store.run("leave", status, reason, error, None, None, row)
+        else:
+            self.finish(row, lane, status, OUTCOMES[status], now, reason=reason, error=error)
+
+    def expire(self, row: int, lane: int, before: Status, dead_letter: bool, now: Now) -> None:
+        self.fail(row, lane, before, Event.EXPIRED, dead_letter, now, "expired", "")
+
+    def finish(
+        self,
+        row: int,
+        lane: int,
+        before: Status,
+        outcome: Outcome,
+        now: Now,
+        *,
+        reason: str | None = None,
+        error: str | None = None,
+        continued_as: str | None = None,
+        dead_lettered: bool = False,
+    ) -> None:
+        """Turn a row into its tombstone."""
+        self._store.move(lane, before, Event.SETTLED)
+        self._store.run("gone", outcome.value, continued_as, dead_lettered, now.wall_ms, reason, error, row)
+
+    def leaving(self, limit: int) -> list[Leaving]:
+        """Rows whose retry or dead letter is to be published, oldest first."""
+        return [
+            Leaving(
+                id=id_,
+                status=Status(status),
+                activation=activation,
+                record_key=record_key,
+                topic=topic,
+                partition=partition,
+                offset=offset,
+                retry_attempts=retry_attempts,
+                attempts=attempts,
+                dead_letter=bool(dead_letter),
+                namespace=self._store.lanes[lane].namespace,
+                max_attempts=max_attempts,
+                delay_on_retry_s=delay_s,
+                reason=reason or "",
+                error=error or "",
+            )
+            for (
+                _, id_, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
+                dead_letter, max_attempts, delay_s, reason, error, lane,
+            ) in self._store.run("leaving", limit)
+        ]  # fmt: skip
+
+    def settle(self, settlements: Sequence[Settlement], now: Now) -> None:
+        """What had to follow these rows is published: they are gone."""
+        for settlement in settlements:
+            row, status, lane, reason, error = self._store.one("settling", settlement.id)
+            self.finish(
+                row,
+                lane,
+                Status(status),
+                OUTCOMES[Status(status)],
+                now,
+                reason=reason,
+                error=error,
+                continued_as=settlement.continued_as,
+                dead_lettered=settlement.dead_lettered,
+            )
+
+    def stick(self, id_: str, why: str) -> None:
+        """What follows this row can never be published: keep it, out of the way."""
+        self._store.run("stick", why, id_)
+
+    def forget(self, older_than_ms: int, max_count: int, limit: int) -> int:
+        """Drop tombstones from before `older_than_ms` (wall) and beyond `max_count`. Returns how many."""
+        rows = self._store.run("forgettable", older_than_ms, limit).fetchall()
+        excess = sum(lane.counts[Status.GONE] for lane in self._store.lanes.values()) - len(rows) - max_count
+        if not rows and excess > 0:
+            rows = self._store.run("oldest_gone", min(excess, limit)).fetchall()
+        for row, lane in rows:
+            self._store.run("forget", row)
+            self._store.forget(lane)
+        return len(rows)

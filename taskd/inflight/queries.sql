@@ -1,0 +1,119 @@
+-- Named statements, one after each "-- name:" line. Parameters are positional.
+-- Status numbers: taskd/activation/lifecycle.py (1 pending, 2 delayed, 3 parked, 5 processing,
+-- 7 retry, 8 failure, 9 expired, 12 gone).
+
+-- name: read_meta
+SELECT value FROM meta WHERE name = ?
+
+-- name: write_meta
+INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
+
+-- name: lanes
+SELECT lane, application, namespace FROM lane
+
+-- name: add_lane
+INSERT INTO lane (application, namespace) VALUES (?, ?) RETURNING lane
+
+-- name: depths
+SELECT lane, status, count FROM depth
+
+-- name: write_depth
+INSERT INTO depth (lane, status, count) VALUES (?, ?, ?)
+ON CONFLICT (lane, status) DO UPDATE SET count = excluded.count
+
+-- name: recount
+SELECT lane, status, count(*) FROM inflight GROUP BY lane, status
+
+-- name: last_seq
+SELECT coalesce(max(seq), 0) FROM inflight
+
+-- name: insert
+INSERT INTO inflight (id, status, lane, seq, taskname, topic, partition, offset, record_key, activation,
+  received_at_ms, stored_at_ms, due_at_ms, expires_at_ms, deadline_ms, retry_attempts, dead_letter,
+  at_most_once, reason)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO NOTHING
+
+-- name: waiting_in_lane
+SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, attempts, received_at_ms
+FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?
+
+-- name: hand_out
+UPDATE inflight SET status = 5, fence = ?, lease_kind = ?, holder = ?, lease_end_mono_ms = ?,
+  attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?
+WHERE row = ?
+
+-- name: leased
+SELECT row, status, lane, fence, lease_kind, holder, attempts, counted, started, at_most_once, dead_letter,
+  deadline_ms, received_at_ms, started_at_ms
+FROM inflight WHERE id = ?
+
+-- name: start
+UPDATE inflight SET started = 1, counted = 1, attempts = attempts + ?, lease_end_mono_ms = ?, started_at_ms = ?
+WHERE row = ?
+
+-- name: requeue
+UPDATE inflight SET status = 1, attempts = attempts - ?, holder = NULL, counted = 0, started = 0,
+  lease_end_mono_ms = NULL
+WHERE row = ?
+
+-- name: leave
+UPDATE inflight SET status = ?, reason = ?, error = ?, retry_max_attempts = ?, retry_delay_s = ?, holder = NULL,
+  lease_end_mono_ms = NULL
+WHERE row = ?
+
+-- name: gone
+UPDATE inflight SET status = 12, outcome = ?, continued_as = ?, dead_lettered = ?, finished_at_ms = ?,
+  reason = ?, error = ?, activation = NULL, record_key = NULL, holder = NULL, lease_end_mono_ms = NULL
+WHERE row = ?
+
+-- name: leases_over
+SELECT id FROM inflight WHERE status = 5 AND lease_end_mono_ms <= ? ORDER BY lease_end_mono_ms LIMIT ?
+
+-- name: held_by
+SELECT id, fence FROM inflight WHERE status = 5 AND holder = ?
+
+-- name: holders
+SELECT DISTINCT holder FROM inflight WHERE status = 5 AND holder IS NOT NULL
+
+-- name: restart_leases
+UPDATE inflight SET lease_end_mono_ms = ? + deadline_ms WHERE status = 5 AND lease_end_mono_ms IS NOT NULL
+
+-- name: due
+SELECT row, lane FROM inflight WHERE status = 2 AND due_at_ms <= ? ORDER BY due_at_ms LIMIT ?
+
+-- name: become_due
+UPDATE inflight SET status = 1, seq = ? WHERE row = ?
+
+-- name: next_due
+SELECT min(due_at_ms) FROM inflight WHERE status = 2
+
+-- name: expiring
+SELECT row, status, lane, dead_letter, received_at_ms FROM inflight
+WHERE status IN (1, 2, 3) AND expires_at_ms IS NOT NULL AND expires_at_ms <= ?
+ORDER BY expires_at_ms LIMIT ?
+
+-- name: leaving
+SELECT row, id, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
+  dead_letter, retry_max_attempts, retry_delay_s, reason, error, lane
+FROM inflight WHERE status IN (7, 8, 9) AND stuck IS NULL ORDER BY row LIMIT ?
+
+-- name: settling
+SELECT row, status, lane, reason, error FROM inflight WHERE id = ?
+
+-- name: stick
+UPDATE inflight SET stuck = ? WHERE id = ?
+
+-- name: forgettable
+SELECT row, lane FROM inflight WHERE status = 12 AND finished_at_ms <= ? ORDER BY finished_at_ms LIMIT ?
+
+-- name: oldest_gone
+SELECT row, lane FROM inflight WHERE status = 12 ORDER BY finished_at_ms LIMIT ?
+
+-- name: forget
+DELETE FROM inflight WHERE row = ?
+
+-- name: describe
+SELECT id, status, outcome, continued_as, dead_lettered, attempts, received_at_ms, finished_at_ms, reason, error,
+  stuck
+FROM inflight WHERE id = ?

@@ -1,0 +1,232 @@
+"""The store's file: opening it, its statements, lanes and counters. Synchronous; one caller at a time.
+
+`arrivals`, `leases` and `departures` hold what is done with the rows; `writer` gathers their callers
+into transactions.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import outcome
+
+from taskd.activation.lifecycle import Event, Status, after
+from taskd.clock import Now
+from taskd.database import apply_in_one_transaction, open_database
+from taskd.errors import StartupError
+from taskd.groupcommit import Write
+from taskd.inflight.base import Depth, Policy
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(slots=True)
+class Lane:
+    number: int
+    application: str
+    namespace: str
+    counts: Counter[Status] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one write, or one batch of them, changed beside the rows; undone when the rows are."""
+
+    events: Counter[tuple[Event, Status]] = field(default_factory=Counter)
+    counts: Counter[tuple[int, Status]] = field(default_factory=Counter)
+    lanes: list[Lane] = field(default_factory=list)
+    durations_ms: list[tuple[str, int]] = field(default_factory=list)  # (metric, value)
+
+    def absorb(self, other: Changes) -> None:
+        self.events.update(other.events)
+        self.counts.update(other.counts)
+        self.lanes.extend(other.lanes)
+        self.durations_ms.extend(other.durations_ms)
+
+
+class SqliteStore:
+    """The open file and what is kept in memory beside it: lanes and their counters.
+
+    `on_commit(changes)` is called after each transaction, in the thread that committed.
+    """
+
+    def __init__(self, path: Path, now: Now, policy: Policy) -> None:
+        self.db = open_database(path)
+        self.path = path
+        self.policy = policy
+        self.queries = load_queries()
+        self.on_commit: Callable[[Changes], None] = lambda changes: None
+        self._migrate()
+        self.store_id = self._meta("store_id") or self._new_store_id()
+        self.last_fence = int(self._meta("last_fence") or 0)
+        self._saved_fence = self.last_fence
+        self.last_seq: int = self.one("last_seq")[0]
+        self.lanes: dict[int, Lane] = {}
+        self._by_name: dict[tuple[str, str], Lane] = {}
+        self._load_lanes()
+        self._write = Changes()
+        self._batch = Changes()
+        # Monotonic clocks do not survive a reboot: every lease begins again at full length.
+        self.db.execute(self.queries["restart_leases"], (now.mono_ms + policy.grace_ms,))
+
+    def close(self) -> None:
+        self.db.close()
+
+    # ---- transactions
+
+    def apply(self, writes: Sequence[Write]) -> list[outcome.Outcome[object]]:
+        """Perform `writes` in one transaction; counters follow the rows, also when some or all are undone."""
+        self._batch = Changes()
+        tracked = [partial(self._tracked, write) for write in writes]
+        try:
+            results = apply_in_one_transaction(self.db, [*tracked, self._save_counters])
+            results.pop().unwrap()
+        except BaseException:
+            self._undo(self._batch)
+            raise
+        self._saved_fence = self.last_fence
+        self.on_commit(self._batch)
+        return results
+
+    def _tracked(self, write: Write) -> object:
+        self._write = Changes()
+        try:
+            result = write()
+        except BaseException:
+            self._undo(self._write)
+            raise
+        self._batch.absorb(self._write)
+        return result
+
+    def _undo(self, changes: Changes) -> None:
+        for (number, status), change in changes.counts.items():
+            self.lanes[number].counts[status] -= change
+        for lane in changes.lanes:
+            del self.lanes[lane.number], self._by_name[lane.application, lane.namespace]
+
+    def _save_counters(self) -> None:
+        rows = [
+            (n, status, self.lanes[n].counts[status]) for (n, status), by in self._batch.counts.items() if by
+        ]
+        if rows:
+            self.db.executemany(self.queries["write_depth"], rows)
+        if self.last_fence != self._saved_fence:
+            self.run("write_meta", "last_fence", str(self.last_fence))
+
+    # ---- statements
+
+    def run(self, name: str, *values: Any) -> Any:
+        """An apsw cursor over the rows of a named statement; their types are the statement's."""
+        return self.db.execute(self.queries[name], values)
+
+    def one(self, name: str, *values: Any) -> Any:
+        """The first row of a statement, None when it has none."""
+        return self.run(name, *values).fetchone()
+
+    # ---- the life cycle's one hook
+
+    def move(self, lane: int, before: Status | None, event: Event) -> Status:
+        """The status `event` leads to, counted; the caller writes it. Raises IllegalTransition."""
+        status = after(before, event)
+        self._write.events[event, status] += 1
+        self._count(lane, before, -1)
+        self._count(lane, status, +1)
+        return status
+
+    def forget(self, lane: int) -> None:
+        """A tombstone was deleted."""
+        self._count(lane, Status.GONE, -1)
+
+    def measure(self, metric: str, value_ms: int) -> None:
+        """Note a duration; it is observed once the transaction is committed."""
+        self._write.durations_ms.append((metric, max(value_ms, 0)))
+
+    def _count(self, lane: int, status: Status | None, change: int) -> None:
+        if status is not None:
+            self.lanes[lane].counts[status] += change
+            self._write.counts[lane, status] += change
+
+    # ---- lanes
+
+    def lane_of(self, application: str, namespace: str) -> Lane:
+        lane = self._by_name.get((application, namespace))
+        if lane is None:
+            number: int = self.run("add_lane", application, namespace).get
+            lane = Lane(number, application, namespace)
+            self.lanes[number] = self._by_name[application, namespace] = lane
+            self._write.lanes.append(lane)
+        return lane
+
+    def depths(self) -> list[Depth]:
+        """Rows by lane and status; what is empty is left out."""
+        return [
+            Depth(lane.application, lane.namespace, status, count)
+            for lane in list(self.lanes.values())
+            for status, count in list(lane.counts.items())
+            if count
+        ]
+
+    def recount(self) -> list[Depth]:
+        """The same, counted from the rows: slow, for checks only."""
+        return [
+            Depth(self.lanes[lane].application, self.lanes[lane].namespace, Status(status), count)
+            for lane, status, count in self.run("recount")
+        ]
+
+    def next_seq(self) -> int:
+        self.last_seq += 1
+        return self.last_seq
+
+    def next_fence(self, now: Now) -> int:
+        """Larger than any before, also when the file was restored from a copy: wall time in microseconds."""
+        self.last_fence = max(self.last_fence + 1, now.wall_ms * 1000)
+        return self.last_fence
+
+    # ---- opening
+
+    def _migrate(self) -> None:
+        version = self.db.pragma("user_version")
+        if version > SCHEMA_VERSION:
+            raise StartupError(
+                f"{self.path} has schema version {version}, this taskd knows {SCHEMA_VERSION}. "
+                "Start the newer taskd that wrote it, or give this one another data_dir.",
+                exit_code=73,
+            )
+        if version == 0:
+            with self.db:
+                self.db.execute(files("taskd.inflight").joinpath("schema.sql").read_text())
+                self.db.pragma("user_version", SCHEMA_VERSION)
+
+    def _meta(self, name: str) -> str | None:
+        row = self.one("read_meta", name)
+        return None if row is None else str(row[0])
+
+    def _new_store_id(self) -> str:
+        store_id = uuid.uuid4().hex
+        self.run("write_meta", "store_id", store_id)
+        return store_id
+
+    def _load_lanes(self) -> None:
+        for number, application, namespace in self.run("lanes"):
+            lane = Lane(number, application, namespace)
+            self.lanes[number] = self._by_name[application, namespace] = lane
+        for number, status, count in self.run("depths"):
+            self.lanes[number].counts[Status(status)] = count
+
+
+def load_queries() -> dict[str, str]:
+    """The statements of queries.sql by name."""
+    return dict(_parse(files("taskd.inflight").joinpath("queries.sql").read_text()))
+
+
+def _parse(text: str) -> Iterator[tuple[str, str]]:
+    for part in text.split("-- name: ")[1:]:
+        name, _, statement = part.partition("\n")
+        yield name.strip(), statement.strip()

@@ -1,0 +1,217 @@
+"""The store as Trio code sees it: every method is one write, gathered with others into a transaction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from taskd.activation.lifecycle import Status
+from taskd.clock import Clock, Now
+from taskd.groupcommit import Committer, InlineCommitter, open_group_commit
+from taskd.inflight.arrivals import Arrivals
+from taskd.inflight.base import (
+    Arrival,
+    ClaimRequest,
+    Depth,
+    Description,
+    Inserted,
+    Lease,
+    Leaving,
+    Policy,
+    Ref,
+    Report,
+    Settlement,
+    Verdict,
+)
+from taskd.inflight.departures import Departures
+from taskd.inflight.leases import Leases
+from taskd.inflight.sqlite import Changes, SqliteStore
+
+T = TypeVar("T")
+
+
+class Wake:
+    """Wakes one task; a hundred wake-ups before it looks make one."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Return once it was set since the last return."""
+        await self._event.wait()
+        self._event = trio.Event()
+
+
+class Inflight:
+    """Opened by `open_inflight`. Every write is durable when its method returns.
+
+    A write that was submitted happens, also when its caller is cancelled meanwhile; cancellation is
+    then noticed at the caller's next checkpoint. Raises StoreError when the file fails.
+    """
+
+    def __init__(self, store: SqliteStore, committer: Committer, clock: Clock) -> None:
+        self._store = store
+        self._committer = committer
+        self._clock = clock
+        departures = Departures(store)
+        self._departures = departures
+        self._arrivals = Arrivals(store, departures)
+        self._leases = Leases(store, departures)
+        self._watchers: list[tuple[frozenset[Status], Wake]] = []
+        self.observers: list[Callable[[Changes], None]] = []
+        self.last_commit_mono_ms = clock.now().mono_ms
+
+    @property
+    def store_id(self) -> str:
+        return self._store.store_id
+
+    async def insert(self, arrivals: Sequence[Arrival]) -> Inserted:
+        return await self._submit(lambda now: self._arrivals.insert(arrivals, now))
+
+    async def claim(self, request: ClaimRequest) -> list[Lease]:
+        return await self._submit(lambda now: self._leases.claim(request, now))
+
+    async def start(self, refs: Sequence[Ref]) -> list[Verdict]:
+        return await self._submit(lambda now: self._leases.start(refs, now))
+
+    async def report(self, reports: Sequence[Report]) -> list[Verdict]:
+        return await self._submit(lambda now: self._leases.report(reports, now))
+
+    async def hand_back(self, refs: Sequence[Ref]) -> list[Verdict]:
+        return await self._submit(lambda now: self._leases.hand_back(refs, now))
+
+    async def reconcile(self, holder: str, holding: Iterable[Ref]) -> int:
+        return await self._submit(lambda now: self._leases.reconcile(holder, holding, now))
+
+    async def holders(self) -> list[str]:
+        return await self._submit(lambda now: self._leases.holders())
+
+    async def end_overdue(self, limit: int) -> int:
+        return await self._submit(lambda now: self._leases.end_overdue(limit, now))
+
+    async def become_due(self, limit: int) -> int:
+        return await self._submit(lambda now: self._arrivals.become_due(limit, now))
+
+    async def next_due_at_ms(self) -> int | None:
+        return await self._submit(lambda now: self._arrivals.next_due_at_ms())
+
+    async def expire(self, limit: int) -> int:
+        return await self._submit(lambda now: self._arrivals.expire(limit, now))
+
+    async def leaving(self, limit: int) -> list[Leaving]:
+        return await self._submit(lambda now: self._departures.leaving(limit))
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        await self._submit(lambda now: self._departures.settle(settlements, now))
+
+    async def stick(self, id_: str, why: str) -> None:
+        await self._submit(lambda now: self._departures.stick(id_, why))
+
+    async def forget(self, ttl_ms: int, max_count: int, limit: int) -> int:
+        return await self._submit(lambda now: self._departures.forget(now.wall_ms - ttl_ms, max_count, limit))
+
+    async def describe(self, ids: Sequence[str]) -> list[Description]:
+        return await self._submit(lambda now: [self._describe(id_) for id_ in ids])
+
+    def depths(self) -> list[Depth]:
+        return self._store.depths()
+
+    def counts(self) -> Counter[Status]:
+        """Rows by status, over all lanes."""
+        total: Counter[Status] = Counter()
+        for depth in self._store.depths():
+            total[depth.status] += depth.count
+        return total
+
+    def size_bytes(self) -> int:
+        """Of the database file and its write-ahead log."""
+        wal = self._store.path.with_name(self._store.path.name + "-wal")
+        return sum(path.stat().st_size for path in (self._store.path, wal) if path.exists())
+
+    def watch(self, *statuses: Status) -> Wake:
+        """A wake-up for each commit that moved a row into one of `statuses`."""
+        wake = Wake()
+        self._watchers.append((frozenset(statuses), wake))
+        return wake
+
+    def unwatch(self, wake: Wake) -> None:
+        self._watchers = [entry for entry in self._watchers if entry[1] is not wake]
+
+    async def _submit(self, write: Callable[[Now], T]) -> T:
+        return await self._committer.submit(lambda: write(self._clock.now()))
+
+    def _committed(self, changes: Changes) -> None:
+        self.last_commit_mono_ms = self._clock.now().mono_ms
+        entered = {status for _, status in changes.events}
+        for statuses, wake in self._watchers:
+            if not entered.isdisjoint(statuses):
+                wake.set()
+        for observe in self.observers:
+            observe(changes)
+
+    def _describe(self, id_: str) -> Description:
+        found = self._store.one("describe", id_)
+        if found is None:
+            return Description(id_)
+        (
+            _,
+            status,
+            outcome,
+            continued_as,
+            dead_lettered,
+            attempts,
+            received,
+            finished,
+            reason,
+            error,
+            stuck,
+        ) = found
+        return Description(
+            id_,
+            Status(status),
+            outcome or "",
+            continued_as or "",
+            bool(dead_lettered),
+            attempts,
+            received,
+            finished or 0,
+            reason or "",
+            stuck or error or "",
+        )
+
+
+@asynccontextmanager
+async def open_inflight(
+    path: Path,
+    clock: Clock,
+    policy: Policy,
+    *,
+    inline: bool = False,
+    on_batch: Callable[[int], None] = lambda n: None,
+) -> AsyncIterator[Inflight]:
+    """Open the store at `path` while the block lasts; raises StartupError when that cannot be.
+
+    `inline` writes in the caller's own task, for tests on the autojump clock.
+    """
+    store = SqliteStore(path, clock.now(), policy)
+    try:
+        if inline:
+            inflight = Inflight(store, InlineCommitter(store.apply), clock)
+            store.on_commit = inflight._committed
+            yield inflight
+            return
+        token = trio.lowlevel.current_trio_token()
+        async with open_group_commit(store.apply, name="taskd-store", on_batch=on_batch) as committer:
+            inflight = Inflight(store, committer, clock)
+            store.on_commit = lambda changes: token.run_sync_soon(inflight._committed, changes)
+            yield inflight
+    finally:
+        store.close()
