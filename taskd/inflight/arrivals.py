@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from taskd.activation.lifecycle import Event, Status
+from taskd.activation.lifecycle import Event, Status, after
 from taskd.clock import Now
 from taskd.inflight.base import Arrival, Inserted, Outcome
 from taskd.inflight.departures import Departures
@@ -24,13 +24,15 @@ class Arrivals:
         """Store what is not known yet. Ids that are known, finished ones included, are passed over."""
         results = Counter(self._insert(arrival, now) for arrival in arrivals)
         return Inserted(
-            pending=results["pending"],
-            delayed=results["delayed"],
-            duplicate=results["duplicate"],
-            expired=results["expired"],
+            pending=results[Event.ARRIVED],
+            delayed=results[Event.ARRIVED_DELAYED],
+            duplicate=results[None],
+            expired=results[Event.ARRIVED_EXPIRED],
+            undecodable=results[Event.ARRIVED_UNDECODABLE],
         )
 
-    def _insert(self, arrival: Arrival, now: Now) -> str:
+    def _insert(self, arrival: Arrival, now: Now) -> Event | None:
+        """How it arrived; None when it is known."""
         store, policy = self._store, self._store.policy
         received_at_ms = arrival.received_at_ms
         if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
@@ -41,12 +43,14 @@ class Arrivals:
         if policy.max_processing_deadline_ms is not None:
             deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
         event = Event.ARRIVED
-        if expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
+        if arrival.undecodable:
+            event = Event.ARRIVED_UNDECODABLE
+        elif expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
             event = Event.ARRIVED_EXPIRED
         elif due_at_ms > now.wall_ms:
             event = Event.ARRIVED_DELAYED
         lane = store.lane_of(arrival.application, arrival.namespace)
-        status = _ARRIVED_AS[event]
+        status = after(None, event)
         store.run(
             "insert",
             arrival.id,
@@ -67,17 +71,18 @@ class Arrivals:
             arrival.attempts,
             arrival.dead_letter,
             arrival.at_most_once,
-            "expired" if event is Event.ARRIVED_EXPIRED else None,
+            _REASONS.get(event),
+            arrival.undecodable or None,
         )
         if store.db.changes() == 0:
-            return "duplicate"
+            return None
         store.move(lane.number, None, event)
         store.measure("received_to_stored", now.wall_ms - received_at_ms)
         if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
             self._departures.finish(
                 store.db.last_insert_rowid(), lane.number, status, Outcome.EXPIRED, now, reason="expired"
             )
-        return "expired" if event is Event.ARRIVED_EXPIRED else status.word
+        return event
 
     def become_due(self, limit: int, now: Now) -> int:
         """Move delayed rows whose time has come to the end of their lanes. Returns how many."""
@@ -86,11 +91,6 @@ class Arrivals:
             self._store.move(lane, Status.DELAYED, Event.BECAME_DUE)
             self._store.run("become_due", self._store.next_seq(), row)
         return len(rows)
-
-    def next_due_at_ms(self) -> int | None:
-        """When the next delayed row becomes due, on the wall clock."""
-        due_at_ms: int | None = self._store.one("next_due")[0]
-        return due_at_ms
 
     def expire(self, limit: int, now: Now) -> int:
         """Take out what waited too long. Returns how many."""
@@ -102,11 +102,7 @@ class Arrivals:
         return len(rows)
 
 
-_ARRIVED_AS = {
-    Event.ARRIVED: Status.PENDING,
-    Event.ARRIVED_DELAYED: Status.DELAYED,
-    Event.ARRIVED_EXPIRED: Status.EXPIRED,
-}
+_REASONS = {Event.ARRIVED_EXPIRED: "expired", Event.ARRIVED_UNDECODABLE: "undecodable"}
 
 
 def _shortened(delay_s: int | None, max_delay_ms: int | None) -> int:

@@ -92,6 +92,7 @@ class Arrival:
     offset: int
     record_key: bytes | None
     activation: bytes
+    undecodable: str = ""  # why its bytes could not be read: stored on its way to the dead letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Inserted:
     delayed: int = 0
     duplicate: int = 0
     expired: int = 0
+    undecodable: int = 0
 
 
 @dataclass(frozen=True, slots=True)

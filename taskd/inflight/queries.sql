@@ -30,8 +30,8 @@ SELECT coalesce(max(seq), 0) FROM inflight
 -- name: insert
 INSERT INTO inflight (id, status, lane, seq, taskname, topic, partition, offset, record_key, activation,
   received_at_ms, stored_at_ms, due_at_ms, expires_at_ms, deadline_ms, retry_attempts, dead_letter,
-  at_most_once, reason)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+  at_most_once, reason, error)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO NOTHING
 
 -- name: waiting_in_lane
@@ -84,9 +84,6 @@ SELECT row, lane FROM inflight WHERE status = 2 AND due_at_ms <= ? ORDER BY due_
 
 -- name: become_due
 UPDATE inflight SET status = 1, seq = ? WHERE row = ?
-
--- name: next_due
-SELECT min(due_at_ms) FROM inflight WHERE status = 2
 
 -- name: expiring
 SELECT row, status, lane, dead_letter, received_at_ms FROM inflight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -100,9 +100,6 @@ class Inflight:
     async def become_due(self, limit: int) -> int:
         return await self._submit(lambda now: self._arrivals.become_due(limit, now))
 
-    async def next_due_at_ms(self) -> int | None:
-        return await self._submit(lambda now: self._arrivals.next_due_at_ms())
-
     async def expire(self, limit: int) -> int:
         return await self._submit(lambda now: self._arrivals.expire(limit, now))
 
@@ -124,6 +121,15 @@ class Inflight:
     def depths(self) -> list[Depth]:
         return self._store.depths()
 
+    def claimable(self, application: str | None, namespaces: Collection[str]) -> bool:
+        """Whether a claim with these filters would find a row; costs no transaction."""
+        return any(
+            depth.status is Status.PENDING
+            and (application is None or depth.application == application)
+            and (not namespaces or depth.namespace in namespaces)
+            for depth in self._store.depths()
+        )
+
     def counts(self) -> Counter[Status]:
         """Rows by status, over all lanes."""
         total: Counter[Status] = Counter()
@@ -135,6 +141,12 @@ class Inflight:
         """Of the database file and its write-ahead log."""
         wal = self._store.path.with_name(self._store.path.name + "-wal")
         return sum(path.stat().st_size for path in (self._store.path, wal) if path.exists())
+
+    def watch_claimable(self) -> Wake:
+        """A wake-up for each commit that may have made a row claimable."""
+        if self._store.policy.strict_order_namespaces:  # there, an ended lease frees the next row
+            return self.watch(Status.PENDING, Status.GONE, Status.RETRY, Status.FAILURE)
+        return self.watch(Status.PENDING)
 
     def watch(self, *statuses: Status) -> Wake:
         """A wake-up for each commit that moved a row into one of `statuses`."""

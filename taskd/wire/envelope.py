@@ -37,7 +37,7 @@ UINT32_MAX = 2**32 - 1
 
 @dataclass(slots=True)
 class Envelope:
-    """The fields that decide an activation's way. Durations in seconds, `received_at_ms` on the wall clock."""
+    """The fields that decide an activation's way. Durations in seconds; `received_at_ms` is wall clock."""
 
     id: str = ""
     namespace: str = ""

@@ -1,0 +1,255 @@
+"""Delivery over the stream of `taskd.v1`: one session for each connected worker.
+
+A worker says how much it can take, the broker sends that much in batches, the worker says what it
+started and what became of it. Every frame of the worker keeps its leases alive.
+"""
+
+from __future__ import annotations
+
+import structlog
+import trio
+
+from taskd.errors import PeerUnavailable, Refused, Undecodable
+from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
+from taskd.inflight.presence import Presence
+from taskd.inflight.writer import Inflight, Wake
+from taskd.rpc.base import Duplex, Services, Stream
+from taskd.telemetry import metrics
+from taskd.wire import frames
+from taskd.wire.frames import LeaseRef
+
+METHOD = "/taskd.v1.DispatchService/Work"
+HELLO_WITHIN_S = 10.0
+FRAMES_IN_WORK = 16  # frames of one worker whose commits are awaited at once
+MAX_CREDIT = 65_536
+
+log = structlog.get_logger("taskd.dispatch")
+
+_REPORT_STATUSES = {
+    frames.ResultStatus.COMPLETE: ReportStatus.COMPLETE,
+    frames.ResultStatus.FAILURE: ReportStatus.FAILURE,
+    frames.ResultStatus.RETRY: ReportStatus.RETRY,
+    frames.ResultStatus.CRASHED: ReportStatus.CRASHED,
+}
+
+
+class StreamDispatch:
+    """`taskd.v1.DispatchService`. Once `draining` is set, nothing is handed out; results are taken."""
+
+    def __init__(
+        self,
+        inflight: Inflight,
+        presence: Presence,
+        draining: trio.Event,
+        *,
+        lease_ms: int,
+        max_assignments_per_frame: int,
+    ) -> None:
+        self.inflight = inflight
+        self.presence = presence
+        self.draining = draining
+        self.lease_ms = lease_ms
+        self.max_assignments_per_frame = max_assignments_per_frame
+        self._sessions: dict[str, Session] = {}
+
+    @property
+    def services(self) -> Services:
+        return {METHOD: Stream(self.work)}
+
+    @property
+    def connected_workers(self) -> int:
+        return len(self._sessions)
+
+    async def work(self, stream: Duplex) -> None:
+        """Serve one worker until it goes, or until a newer stream of the same worker takes over."""
+        hello = await _hello(stream)
+        older = self._sessions.get(hello.worker_id)
+        if older is not None:
+            await older.close()
+        session = Session(self, stream, hello)
+        self._sessions[hello.worker_id] = session
+        metrics.connected_workers.set(len(self._sessions))
+        try:
+            await session.run()
+        finally:
+            if self._sessions.get(hello.worker_id) is session:
+                del self._sessions[hello.worker_id]
+            metrics.connected_workers.set(len(self._sessions))
+            session.closed.set()
+
+
+async def _hello(stream: Duplex) -> frames.Hello:
+    with trio.move_on_after(HELLO_WITHIN_S):
+        frame = _decoded(await stream.receive())
+        if not isinstance(frame, frames.Hello) or not frame.worker_id:
+            raise Refused("INVALID_ARGUMENT", "the first frame of a worker must be hello, with its worker_id")
+        if not frame.version_min <= frames.VERSION <= frame.version_max:
+            raise Refused(
+                "FAILED_PRECONDITION",
+                f"the worker speaks versions {frame.version_min} to {frame.version_max} of the stream, "
+                f"this broker {frames.VERSION}; upgrade the older of the two",
+            )
+        return frame
+    raise Refused("DEADLINE_EXCEEDED", f"no hello within {HELLO_WITHIN_S:.0f} s")
+
+
+def _decoded(raw: bytes | None) -> frames.WorkerFrame | None:
+    if raw is None:
+        return None
+    try:
+        return frames.decode_worker_frame(raw)
+    except Undecodable as error:
+        raise Refused("INVALID_ARGUMENT", f"a frame cannot be read: {error}") from None
+
+
+class Session:
+    """One worker's stream."""
+
+    def __init__(self, dispatch: StreamDispatch, stream: Duplex, hello: frames.Hello) -> None:
+        self._dispatch = dispatch
+        self._inflight = dispatch.inflight
+        self._stream = stream
+        self._hello = hello
+        self._credit = 0
+        self._sending = trio.Lock()
+        self._in_work = trio.Semaphore(FRAMES_IN_WORK)
+        self._scope = trio.CancelScope()
+        self.closed = trio.Event()
+
+    async def close(self) -> None:
+        """End the session and wait until it is over."""
+        self._scope.cancel()
+        await self.closed.wait()
+
+    async def run(self) -> None:
+        hello, inflight = self._hello, self._inflight
+        worker = log.bind(worker=hello.worker_id, pool=hello.pool)
+        self._dispatch.presence.seen(hello.worker_id)
+        holding = hello.holding if hello.store_id == inflight.store_id else ()
+        wake = inflight.watch_claimable()
+        with self._scope:
+            try:
+                lost = await inflight.reconcile(hello.worker_id, _refs(holding))
+                worker.info("worker connected", holding=len(holding), lost_on_the_way=lost)
+                await self._send(
+                    frames.Welcome(frames.VERSION, inflight.store_id, self._dispatch.lease_ms),
+                )
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._assign, wake)
+                    await self._receive(nursery, wake)
+                    nursery.cancel_scope.cancel()
+            except* PeerUnavailable:
+                pass
+            finally:
+                inflight.unwatch(wake)
+                worker.info("worker disconnected")
+
+    # ---- to the worker
+
+    async def _send(self, frame: frames.BrokerFrame) -> None:
+        async with self._sending:
+            await self._stream.send(frames.encode_broker_frame(frame))
+
+    async def _assign(self, wake: Wake) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce_drain)
+            while True:
+                limit = min(self._credit, self._dispatch.max_assignments_per_frame)
+                if limit and self._may_claim():
+                    leases = await self._inflight.claim(
+                        ClaimRequest(
+                            limit,
+                            LeaseKind.STREAM,
+                            holder=self._hello.worker_id,
+                            application=self._hello.application,
+                            namespaces=self._hello.namespaces,
+                        )
+                    )
+                    if leases:
+                        await self._hand_out(leases)
+                        continue
+                await wake.wait()
+
+    def _may_claim(self) -> bool:
+        return not self._dispatch.draining.is_set() and self._inflight.claimable(
+            self._hello.application, self._hello.namespaces
+        )
+
+    async def _hand_out(self, leases: list[Lease]) -> None:
+        sent = False
+        try:
+            async with self._sending:
+                # From here on the worker may have it; what it never got, its next hello tells.
+                sent = True
+                self._credit -= len(leases)
+                await self._stream.send(
+                    frames.encode_broker_frame(frames.Assignments(tuple(map(_assignment, leases))))
+                )
+            metrics.claims.labels("stream").inc(len(leases))
+        finally:
+            if not sent:
+                with trio.CancelScope(shield=True):
+                    await self._inflight.hand_back([lease.ref for lease in leases])
+
+    async def _announce_drain(self) -> None:
+        await self._dispatch.draining.wait()
+        await self._send(frames.Draining())
+
+    # ---- from the worker
+
+    async def _receive(self, nursery: trio.Nursery, wake: Wake) -> None:
+        while (frame := _decoded(await self._stream.receive())) is not None:
+            self._dispatch.presence.seen(self._hello.worker_id)
+            match frame:
+                case frames.Credit(more=more):
+                    self._credit = min(self._credit + more, MAX_CREDIT)
+                    wake.set()
+                case frames.Started(leases=leases):
+                    await self._in_work.acquire()
+                    nursery.start_soon(self._started, leases)
+                case frames.Results(results=results):
+                    await self._in_work.acquire()
+                    nursery.start_soon(self._results, results)
+                case frames.HandBack(leases=leases):
+                    await self._inflight.hand_back(_refs(leases))
+                case frames.Heartbeat():
+                    pass
+                case frames.Hello():
+                    raise Refused("INVALID_ARGUMENT", "a second hello on one stream")
+
+    async def _started(self, leases: tuple[LeaseRef, ...]) -> None:
+        try:
+            await self._inflight.start(_refs(leases))
+        finally:
+            self._in_work.release()
+
+    async def _results(self, results: tuple[frames.Result, ...]) -> None:
+        try:
+            verdicts = await self._inflight.report([_report(result) for result in results])
+            for result, verdict in zip(results, verdicts, strict=True):
+                metrics.results.labels("stream", result.status.name.lower()).inc()
+                if verdict is not Verdict.APPLIED:
+                    metrics.superseded_results.inc()
+            await self._send(frames.Taken(tuple(result.lease for result in results)))
+        finally:
+            self._in_work.release()
+
+
+def _refs(leases: tuple[LeaseRef, ...]) -> list[Ref]:
+    return [Ref(id_, fence) for id_, fence in leases]
+
+
+def _assignment(lease: Lease) -> frames.Assignment:
+    return frames.Assignment(lease.id, lease.fence, lease.activation, lease.deadline_ms, lease.expires_in_ms)
+
+
+def _report(result: frames.Result) -> Report:
+    return Report(
+        id=result.id,
+        fence=result.fence,
+        status=_REPORT_STATUSES[result.status],
+        reason=result.reason,
+        error=result.error,
+        max_attempts=result.max_attempts,
+        delay_on_retry_s=result.delay_on_retry_s,
+    )

@@ -1,0 +1,119 @@
+"""Pull delivery by unary calls: the service existing workers of the protocol speak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import trio
+
+from taskd.errors import Refused, Undecodable
+from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
+from taskd.inflight.writer import Inflight
+from taskd.rpc.base import Reply, Services, Unary
+from taskd.telemetry import metrics
+from taskd.wire import consumer
+from taskd.wire.consumer import Filter, StatusUpdate
+
+T = TypeVar("T")
+
+# In this order a batch is applied, whatever order it came in.
+_STATUSES = {
+    consumer.COMPLETE: ReportStatus.COMPLETE,
+    consumer.FAILURE: ReportStatus.FAILURE,
+    consumer.RETRY: ReportStatus.RETRY,
+}
+
+
+class UnaryDispatch:
+    """`sentry_protos.taskbroker.v1.ConsumerService`. Once `draining` is set, nothing is handed out."""
+
+    def __init__(self, inflight: Inflight, draining: trio.Event) -> None:
+        self._inflight = inflight
+        self._draining = draining
+
+    @property
+    def services(self) -> Services:
+        return {
+            f"/{consumer.SERVICE}/GetTask": Unary(self.get_task),
+            f"/{consumer.SERVICE}/SetTaskStatus": Unary(self.set_task_status),
+            f"/{consumer.SERVICE}/SetBatchActivationStatus": Unary(self.set_batch_status),
+        }
+
+    async def get_task(self, request: bytes) -> Reply:
+        wanted = _decoded(consumer.decode_filter, request)
+        if self._draining.is_set():
+            raise Refused("UNAVAILABLE", "the broker is stopping; ask another one")
+        lease = await self._claim(wanted)
+        if lease is None:
+            raise Refused("NOT_FOUND", "No pending activations")
+        return self._reply(lease)
+
+    async def set_task_status(self, request: bytes) -> Reply:
+        update = _decoded(consumer.decode_status_update, request)
+        await self._report([update])
+        lease = None
+        if update.fetch_next is not None and not self._draining.is_set():
+            lease = await self._claim(update.fetch_next)
+        return self._reply(lease)
+
+    async def set_batch_status(self, request: bytes) -> bytes:
+        await self._report(_decoded(consumer.decode_status_batch, request))
+        return b""
+
+    async def _report(self, updates: Sequence[StatusUpdate]) -> None:
+        for update in updates:
+            if update.status not in _STATUSES:
+                raise Refused(
+                    "INVALID_ARGUMENT",
+                    f"status {update.status} of {update.id!r} cannot be set; "
+                    f"expected {consumer.FAILURE} (FAILURE), {consumer.RETRY} (RETRY) or "
+                    f"{consumer.COMPLETE} (COMPLETE)",
+                )
+        order = list(_STATUSES)
+        reports = [_report(update) for update in sorted(updates, key=lambda u: order.index(u.status))]
+        if not reports:
+            return
+        verdicts = await self._inflight.report(reports)
+        for report, verdict in zip(reports, verdicts, strict=True):
+            metrics.results.labels("unary", report.status.value).inc()
+            if verdict is not Verdict.APPLIED:
+                metrics.superseded_results.inc()
+
+    async def _claim(self, wanted: Filter) -> Lease | None:
+        if wanted.namespace is not None and wanted.application is None:
+            return None
+        namespaces = () if wanted.namespace is None else (wanted.namespace,)
+        if not self._inflight.claimable(wanted.application, namespaces):
+            return None
+        request = ClaimRequest(1, LeaseKind.UNARY, application=wanted.application, namespaces=namespaces)
+        leases = await self._inflight.claim(request)
+        metrics.claims.labels("unary").inc(len(leases))
+        return leases[0] if leases else None
+
+    def _reply(self, lease: Lease | None) -> Reply:
+        if lease is None:
+            return Reply(consumer.encode_task(None))
+
+        async def undo() -> None:
+            await self._inflight.hand_back([Ref(lease.id, lease.fence)])
+
+        return Reply(consumer.encode_task(lease.activation), undelivered=undo)
+
+
+def _report(update: StatusUpdate) -> Report:
+    is_retry = update.status == consumer.RETRY
+    return Report(
+        id=update.id,
+        fence=None,
+        status=_STATUSES[update.status],
+        max_attempts=update.max_attempts if is_retry else None,
+        delay_on_retry_s=update.delay_on_retry_s if is_retry else None,
+    )
+
+
+def _decoded(decode: Callable[[bytes], T], request: bytes) -> T:
+    try:
+        return decode(request)
+    except Undecodable as error:
+        raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None

@@ -1,0 +1,167 @@
+"""Read, decode, store, commit - in that order. An offset is committed only after its rows are durable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import structlog
+import trio
+
+from taskd.activation.lifecycle import Status
+from taskd.clock import Clock
+from taskd.errors import LogUnavailable, StoreError
+from taskd.inflight.base import Arrival, Inserted
+from taskd.inflight.writer import Inflight
+from taskd.ingest.backpressure import REASONS, Limits, full, room, too_many_delayed
+from taskd.ingest.decode import arrival_of
+from taskd.log.base import Partition, Reader, Record, Revoked
+from taskd.telemetry import metrics
+
+READ_WAIT_S = 5.0  # how long one read waits for records; bounds how stale `last_progress` gets
+STORE_RETRY_S = (0.1, 5.0)  # first and longest pause after the store failed
+
+log = structlog.get_logger("taskd.ingest")
+
+
+class Ingest:
+    """Feeds one store from one reader. `run` it until cancelled; cancelling loses nothing."""
+
+    def __init__(
+        self, reader: Reader, inflight: Inflight, clock: Clock, *, limits: Limits, batch_max_records: int
+    ) -> None:
+        self._reader = reader
+        self._inflight = inflight
+        self._clock = clock
+        self._limits = limits
+        self._batch_max_records = batch_max_records
+        self._flushing = trio.Lock()
+        self._lost: set[Partition] = set()
+        self.paused: dict[str, str] = {}
+        self.failing = ""
+        self.last_progress_mono_ms = clock.now().mono_ms
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_assignments)
+            while True:
+                await self._read_once()
+
+    async def _read_once(self) -> None:
+        self._progress()
+        limit = await self._wait_for_room()
+        records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
+        if not records:
+            return
+        async with self._flushing:
+            # What was revoked between the fetch and now belongs to another reader already.
+            mine = [record for record in records if record.partition not in self._lost]
+            await self._store(mine)
+
+    async def _store(self, records: Sequence[Record]) -> None:
+        if not records:
+            return
+        arrivals = [arrival_of(record) for record in records]
+        await self._wait_for_delayed(arrivals)
+        inserted = await self._insert(arrivals)
+        self._count(records, arrivals, inserted)
+        offsets = {record.partition: record.offset + 1 for record in records}
+        try:
+            await self._reader.commit(offsets)
+        except LogUnavailable as error:
+            # The rows are stored; read again they are known by id. The next commit carries these offsets too.
+            log.warning(
+                "offsets not committed", error=str(error), offsets={str(p): o for p, o in offsets.items()}
+            )
+        self._progress()
+
+    async def _insert(self, arrivals: Sequence[Arrival]) -> Inserted:
+        pause_s, longest_s = STORE_RETRY_S
+        while True:
+            try:
+                inserted = await self._inflight.insert(arrivals)
+            except StoreError as error:
+                self.failing = f"the store took no rows: {error}"
+                log.error("store failed, trying again", error=str(error), pause_s=pause_s)
+                await trio.sleep(pause_s)
+                pause_s = min(pause_s * 2, longest_s)
+            else:
+                self.failing = ""
+                return inserted
+
+    async def _follow_assignments(self) -> None:
+        async for change in self._reader.assignments:
+            log.info(
+                "partitions revoked" if isinstance(change, Revoked) else "partitions assigned",
+                partitions=sorted(str(partition) for partition in change.partitions),
+            )
+            if not isinstance(change, Revoked):
+                self._lost -= change.partitions
+                continue
+            self._lost |= change.partitions
+            async with self._flushing:  # what was read before is stored and committed now
+                change.acknowledge()
+
+    # ---- backpressure
+
+    async def _wait_for_room(self) -> int:
+        """Wait until a limit leaves room; returns for how many records."""
+        reasons = full(self._inflight.counts(), self._inflight.size_bytes(), self._limits)
+        if reasons:
+            wake = self._inflight.watch(*Status)
+            try:
+                while reasons:
+                    self._show(reasons)
+                    with trio.move_on_after(1):
+                        await wake.wait()
+                    self._progress()  # waiting for others is not being stuck
+                    reasons = full(self._inflight.counts(), self._inflight.size_bytes(), self._limits)
+            finally:
+                self._inflight.unwatch(wake)
+        self._show({})
+        return room(self._inflight.counts(), self._limits)
+
+    async def _wait_for_delayed(self, arrivals: Sequence[Arrival]) -> None:
+        now = self._clock.now()
+        delayed = sum(
+            1
+            for a in arrivals
+            if a.delay_s and (a.received_at_ms or now.wall_ms) + a.delay_s * 1000 > now.wall_ms
+        )
+        while reasons := too_many_delayed(self._inflight.counts(), delayed, self._limits):
+            self._show(reasons)
+            self._progress()
+            await trio.sleep(0.2)
+        self._show({})
+
+    def _show(self, reasons: dict[str, str]) -> None:
+        if reasons.keys() == self.paused.keys():
+            self.paused = reasons
+            return
+        for reason in REASONS:
+            metrics.backpressure.labels(reason).set(reason in reasons)
+        if reasons:
+            log.warning("reading pauses", **reasons)
+        else:
+            log.info("reading goes on")
+        self.paused = reasons
+
+    def _count(self, records: Sequence[Record], arrivals: Sequence[Arrival], inserted: Inserted) -> None:
+        topic = records[0].partition.topic
+        for result, count in (
+            ("pending", inserted.pending),
+            ("delayed", inserted.delayed),
+            ("duplicate", inserted.duplicate),
+            ("expired", inserted.expired),
+            ("undecodable", inserted.undecodable),
+        ):
+            if count:
+                metrics.ingest_records.labels(topic, result).inc(count)
+        if inserted.undecodable:
+            reasons = Counter(arrival.undecodable for arrival in arrivals if arrival.undecodable)
+            log.warning(
+                "undecodable records are dead-lettered", count=inserted.undecodable, reasons=dict(reasons)
+            )
+
+    def _progress(self) -> None:
+        self.last_progress_mono_ms = self._clock.now().mono_ms

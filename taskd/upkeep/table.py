@@ -1,0 +1,71 @@
+"""The table of duties of a broker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+
+from taskd.activation.lifecycle import Status
+from taskd.clock import Clock
+from taskd.inflight.presence import Presence
+from taskd.inflight.writer import Inflight
+from taskd.upkeep.duties import Duty
+from taskd.upkeep.publish import Publisher
+
+log = structlog.get_logger("taskd.upkeep")
+
+
+@dataclass(frozen=True, slots=True)
+class UpkeepSettings:
+    """Times in milliseconds unless named otherwise."""
+
+    interval_s: float
+    startup_quiet_ms: int
+    max_rows: int
+    lease_ms: int
+    tombstone_ttl_ms: int
+    tombstone_max_count: int
+
+
+def broker_duties(
+    inflight: Inflight, publisher: Publisher, presence: Presence, clock: Clock, settings: UpkeepSettings
+) -> list[Duty]:
+    """Every duty of a broker. A new one is a function that returns how many rows it handled, and a line."""
+    limit = settings.max_rows
+    quiet_until_mono_ms = clock.now().mono_ms + settings.startup_quiet_ms
+
+    async def become_due() -> int:
+        return await inflight.become_due(limit)
+
+    async def expire() -> int:
+        return await inflight.expire(limit)
+
+    async def end_overdue() -> int:
+        if clock.now().mono_ms < quiet_until_mono_ms:
+            return 0  # workers that outlived the broker may still report
+        return await inflight.end_overdue(limit)
+
+    async def end_silent() -> int:
+        if clock.now().mono_ms < quiet_until_mono_ms:
+            return 0
+        ended = 0
+        for worker in presence.silent(await inflight.holders(), settings.lease_ms):
+            leases = await inflight.reconcile(worker, ())
+            log.warning("worker is silent, its leases end", worker=worker, leases=leases)
+            ended += leases
+        return min(ended, limit - 1)
+
+    async def forget() -> int:
+        return await inflight.forget(settings.tombstone_ttl_ms, settings.tombstone_max_count, limit)
+
+    every_s = settings.interval_s
+    leaving = inflight.watch(Status.RETRY, Status.FAILURE, Status.EXPIRED)
+    return [
+        Duty("publish", publisher.round, limit, every_s, leaving),
+        Duty("become_due", become_due, limit, every_s),
+        Duty("expire", expire, limit, every_s),
+        Duty("end_overdue", end_overdue, limit, every_s),
+        Duty("end_silent", end_silent, limit, every_s),
+        Duty("forget", forget, limit, every_s),
+    ]
