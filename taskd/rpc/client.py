@@ -1,0 +1,287 @@
+"""The client: calls and streams to one address, over one connection that comes back by itself.
+
+Whatever fails becomes one of three errors: PeerUnavailable (nobody there, or the connection was
+lost: try again elsewhere or later), PeerTimeout (no answer in time: it may have happened), Refused
+(the peer answered with another status than OK).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+from grpclib.config import Configuration
+from grpclib.const import Status
+from grpclib.metadata import USER_AGENT, decode_grpc_message, encode_timeout
+from grpclib.protocol import AbstractHandler
+from grpclib.protocol import Stream as GrpclibStream
+from h2.errors import ErrorCodes
+from h2.exceptions import H2Error, TooManyStreamsError
+
+from taskd import aio
+from taskd.errors import ConfigError, PeerError, PeerTimeout, PeerUnavailable, Refused
+from taskd.rpc.base import MAX_MESSAGE_BYTES, ClientStream
+from taskd.rpc.exchange import Exchange, Headers, Protocol, configuration
+
+CONNECT_S = 5.0
+MAX_TIMEOUT_S = 99_999_999.0  # eight digits are what grpc-timeout can hold
+MAX_REPLY_BYTES = MAX_MESSAGE_BYTES + 1024 * 1024  # what an activation of the largest size is wrapped in
+
+# What proxies and misdirected calls answer with, as the gRPC specification maps it.
+HTTP_STATUS = {
+    "400": "INTERNAL",
+    "401": "UNAUTHENTICATED",
+    "403": "PERMISSION_DENIED",
+    "404": "UNIMPLEMENTED",
+    "429": "UNAVAILABLE",
+    "502": "UNAVAILABLE",
+    "503": "UNAVAILABLE",
+    "504": "UNAVAILABLE",
+}
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` in its parts. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"expected an address like host:port, found {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _error_of(code: str, message: str) -> PeerError:
+    if code == "UNAVAILABLE":
+        return PeerUnavailable(message or None)
+    if code == "DEADLINE_EXCEEDED":
+        return PeerTimeout(message or None)
+    return Refused(code, message)
+
+
+def _final_error(exchange: Exchange) -> PeerError | None:
+    """The error that the peer ended the call with, None when it ended it with OK or not yet."""
+    headers = dict(exchange.headers or ())
+    http = headers.get(":status", "200")
+    if http != "200":
+        return _error_of(HTTP_STATUS.get(http, "UNKNOWN"), f"answered with HTTP status {http}, not by gRPC")
+    if exchange.trailers is not None:
+        headers = dict(exchange.trailers)
+    elif "grpc-status" not in headers:
+        return None
+    try:
+        status = Status(int(headers.get("grpc-status", "")))
+    except ValueError:
+        return Refused("UNKNOWN", f"expected a grpc-status, found {headers.get('grpc-status')!r}")
+    if status is Status.OK:
+        return None
+    return _error_of(status.name, decode_grpc_message(headers.get("grpc-message", "")))
+
+
+class _ClientCall:
+    """One call as its caller holds it. The status that the peer gave explains whatever else went wrong."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    async def receive(self) -> bytes | None:
+        try:
+            message = await self._exchange.receive()
+        except PeerError as error:
+            raise _final_error(self._exchange) or error from None
+        if message is None:
+            self._check_ended()
+        return message
+
+    def _check_ended(self) -> None:
+        error = _final_error(self._exchange)
+        if error is not None:
+            raise error
+        if self._exchange.trailers is None and "grpc-status" not in dict(self._exchange.headers or ()):
+            raise Refused("UNKNOWN", "the peer ended the call without a grpc-status")
+
+    async def send(self, body: bytes, *, end: bool = False) -> None:
+        try:
+            await self._exchange.send(body, end=end)
+        except PeerError as error:
+            raise _final_error(self._exchange) or error from None
+
+    async def finish(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._exchange.finish()
+
+
+class _NoRequests(AbstractHandler):
+    """A server asks its clients nothing."""
+
+    def accept(self, stream: GrpclibStream, headers: Headers, release_stream: Callable[[], None]) -> None:
+        release_stream()
+
+    def cancel(self, stream: GrpclibStream) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Client:
+    """Calls to one address. Opened by `connect`; shared by any number of tasks."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._host, self._port = split_address(address)
+        self._config: Configuration = configuration(
+            keepalive_time_s=30.0, without_calls=False
+        ).__for_client__()
+        self._protocol: Protocol | None = None
+        self._connecting = trio.Lock()
+        self._failed_at = float("-inf")
+        self._failure = ""
+        self._closed = False
+
+    async def call(self, path: str, body: bytes, *, timeout_s: float) -> bytes:
+        """One request, one reply. Raises PeerUnavailable, PeerTimeout, Refused.
+
+        PeerTimeout means that the peer may have done what was asked; without a connection it is
+        PeerUnavailable instead. Cancelling tells the server, which cancels its handler.
+        """
+        exchange: Exchange | None = None
+        try:
+            with trio.move_on_after(timeout_s):
+                exchange = await self._open(path, timeout_s)
+                return await _unary(_ClientCall(exchange), body)
+        finally:
+            if exchange is not None:
+                exchange.give_up(ErrorCodes.CANCEL, "the call has ended")
+                exchange.release()
+        if exchange is None:
+            raise PeerUnavailable(f"{self.address}: no connection within {timeout_s:g} s")
+        raise PeerTimeout(f"{self.address}: no answer to {path} within {timeout_s:g} s")
+
+    @asynccontextmanager
+    async def stream(self, path: str) -> AsyncIterator[ClientStream]:
+        """Messages both ways while the block lasts. Raises PeerUnavailable, PeerTimeout, Refused.
+
+        Leaving the block cancels the stream at the server, unless it ended; for an orderly end call
+        `finish()` and receive until None.
+        """
+        exchange = await self._open(path, None)
+        try:
+            exchange.connection.flush()
+            yield _ClientCall(exchange)
+        finally:
+            exchange.give_up(ErrorCodes.CANCEL, "the stream has ended")
+            exchange.release()
+
+    async def _open(self, path: str, timeout_s: float | None) -> Exchange:
+        """A new stream whose headers go out with the next flush."""
+        while True:
+            protocol = await self._connected()
+            h2 = protocol.connection.h2
+            try:
+                stream_id = h2.get_next_available_stream_id()
+                h2.send_headers(stream_id, self._headers(path, timeout_s))
+            except TooManyStreamsError:
+                await protocol.connection.stream_closed.park()
+            except H2Error:
+                protocol.processor.close("out of stream ids")
+            else:
+                protocol.connection.headers_send_process()
+                exchange = protocol.connection.create_stream(stream_id=stream_id)
+                exchange.release = protocol.processor.register(exchange)
+                return exchange
+
+    def _headers(self, path: str, timeout_s: float | None) -> Headers:
+        headers = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", path),
+            (":authority", self.address),
+            ("te", "trailers"),
+            ("content-type", "application/grpc"),
+            ("user-agent", USER_AGENT),
+        ]
+        if timeout_s is not None and timeout_s < MAX_TIMEOUT_S:
+            headers.append(("grpc-timeout", encode_timeout(timeout_s)))
+        return headers
+
+    async def _connected(self) -> Protocol:
+        asked_at = trio.current_time()
+        while self._protocol is None or self._protocol.connection.is_closing():
+            async with self._connecting:
+                if self._closed:
+                    raise PeerUnavailable(f"{self.address}: this client is closed")
+                if self._failed_at >= asked_at:
+                    raise PeerUnavailable(self._failure)  # what one attempt found holds for all who waited
+                if self._protocol is None or self._protocol.connection.is_closing():
+                    try:
+                        self._protocol = await self._connect()
+                    except PeerUnavailable as error:
+                        self._failed_at, self._failure = trio.current_time(), str(error)
+                        raise
+        return self._protocol
+
+    async def _connect(self) -> Protocol:
+        with trio.move_on_after(CONNECT_S):
+            try:
+                stream = await trio.open_tcp_stream(self._host, self._port)
+            except OSError as error:
+                raise PeerUnavailable(f"{self.address}: nobody answers: {error}") from error
+            return await self._hand_shake(socket.socket(fileno=stream.socket.detach()))
+        raise PeerUnavailable(f"{self.address}: nobody answered within {CONNECT_S:g} s")
+
+    async def _hand_shake(self, connected: socket.socket) -> Protocol:
+        """Give the socket to grpclib and wait for the server's settings, which say how many calls it takes."""
+        protocol = Protocol(_NoRequests(), self._config, client_side=True, max_message_bytes=MAX_REPLY_BYTES)
+        ready = False
+        try:
+            await aio.call(_adopt, protocol, connected)
+            await protocol.connection.ready.wait()
+            ready = not protocol.connection.is_closing()
+        finally:
+            if not ready:
+                _abort(protocol, connected)
+        if not ready:
+            raise PeerUnavailable(
+                f"{self.address}: hung up before the first HTTP/2 frame; is it a gRPC port?"
+            )
+        return protocol
+
+    async def _close(self) -> None:
+        self._closed = True
+        if self._protocol is not None:
+            with trio.CancelScope(shield=True):
+                await self._protocol.say_goodbye("this client is closed")
+
+
+async def _unary(call: _ClientCall, body: bytes) -> bytes:
+    await call.send(body, end=True)
+    reply = await call.receive()
+    if reply is None:
+        raise Refused("INTERNAL", "the peer answered OK, but without a reply")
+    await call.receive()  # None, or the status that takes the reply back
+    return reply
+
+
+async def _adopt(protocol: Protocol, connected: socket.socket) -> None:
+    await asyncio.get_running_loop().create_connection(lambda: protocol, sock=connected)
+
+
+def _abort(protocol: Protocol, connected: socket.socket) -> None:
+    if hasattr(protocol, "connection"):
+        protocol.connection.transport.abort()
+    else:
+        connected.close()
+
+
+@asynccontextmanager
+async def connect(address: str) -> AsyncIterator[Client]:
+    """A client of the gRPC server at `address` (`host:port`); connects when called, and again after a loss.
+
+    Raises ConfigError when the address is none; nothing else. Runs inside `aio.open_loop()`.
+    """
+    client = Client(address)
+    try:
+        yield client
+    finally:
+        await client._close()

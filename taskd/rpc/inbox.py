@@ -1,0 +1,104 @@
+"""The received half of a stream: gRPC messages out of HTTP/2 data. Pure of I/O.
+
+A message is a byte saying whether it is compressed, its length in four bytes, and its body. Its
+length is judged before its body is kept, so a peer can make us hold no more than the limit and the
+stream's window.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable
+
+from grpclib.protocol import Buffer
+from trio.lowlevel import ParkingLot
+
+from taskd.errors import Refused
+
+PREFIX = struct.Struct(">BI")
+
+
+class Inbox(Buffer):
+    """Messages of one stream in the order they came, and how much of the window each still occupies.
+
+    grpclib's processor calls `add`, `eof` and `unacked_size`. `acknowledge(size)` gives window back
+    to the peer: for a finished message when it is taken, for an unfinished one at once, since it
+    may be larger than the window.
+    """
+
+    def __init__(self, max_message_bytes: int, acknowledge: Callable[[int], None]) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._acknowledge = acknowledge
+        self._messages: deque[tuple[bytes, int]] = deque()
+        self._partial = bytearray()
+        self._ended = False
+        self.fault: Refused | None = None
+        self.arrived = ParkingLot()
+
+    def add(self, data: bytes, ack_size: int) -> None:
+        if self.fault is not None:
+            self._acknowledge(ack_size)
+            return
+        before = len(self._partial)
+        self._partial += data
+        kept = self._split(before)
+        if ack_size > kept:
+            self._acknowledge(ack_size - kept)
+        self.arrived.unpark_all()
+
+    def _split(self, before: int) -> int:
+        """Move out what is finished; how many of the bytes after the first `before` went with it."""
+        start = 0
+        counted = before
+        while len(self._partial) - start >= PREFIX.size and self.fault is None:
+            compressed, length = PREFIX.unpack_from(self._partial, start)
+            end = start + PREFIX.size + length
+            self.fault = self._fault_of(compressed, length)
+            if self.fault is not None or end > len(self._partial):
+                break
+            self._messages.append(
+                (bytes(memoryview(self._partial)[start + PREFIX.size : end]), end - counted)
+            )
+            start = counted = end
+        if self.fault is not None:
+            self._partial = bytearray()
+        elif start:
+            del self._partial[:start]
+        return counted - before
+
+    def _fault_of(self, compressed: int, length: int) -> Refused | None:
+        if length > self._max_message_bytes:
+            return Refused(
+                "RESOURCE_EXHAUSTED",
+                f"a message of {length} bytes is larger than the {self._max_message_bytes} taken here",
+            )
+        if compressed:
+            return Refused(
+                "UNIMPLEMENTED", "compressed messages are not taken; send them with grpc-encoding: identity"
+            )
+        return None
+
+    def eof(self) -> None:
+        self._ended = True
+        if self._partial and self.fault is None:
+            self.fault = Refused("INTERNAL", "the data ended in the middle of a message")
+        self.arrived.unpark_all()
+
+    @property
+    def finished(self) -> bool:
+        """The peer ended its side in order, and everything was taken."""
+        return self._ended and not self._messages and self.fault is None
+
+    def take(self) -> bytes | None:
+        """The next message, None when none is complete yet."""
+        if not self._messages:
+            return None
+        body, occupied = self._messages.popleft()
+        self._acknowledge(occupied)
+        return body
+
+    def unacked_size(self) -> int:
+        occupied = sum(size for _, size in self._messages)
+        self._messages.clear()
+        return occupied
