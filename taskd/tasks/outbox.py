@@ -21,7 +21,7 @@ class Call:
     namespace: str
     taskname: str
     application: str
-    topic: str
+    topic: str  # '': the configured one
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +52,6 @@ class Outbox(Protocol):
 
 
 _bound: Outbox | None = None
-_bound_pid = 0
 _open: Callable[[], Outbox] | None = None
 _lock = threading.Lock()
 
@@ -66,24 +65,40 @@ def set_opener(opener: Callable[[], Outbox]) -> None:
 
 def bind(outbox: Outbox) -> None:
     """Use this outbox from now on."""
-    global _bound, _bound_pid
-    _bound, _bound_pid = outbox, os.getpid()
+    global _bound
+    with _lock:
+        _bound = outbox
 
 
 def unbind() -> None:
     """Close the outbox, if one is open in this process; the next call opens a new one."""
     global _bound
-    outbox, _bound = _bound, None
-    if outbox is not None and _bound_pid == os.getpid():
+    with _lock:
+        outbox, _bound = _bound, None
+    if outbox is not None:
         outbox.close()
 
 
 def current_outbox() -> Outbox:
-    """The outbox of this process, opened now if need be. A forked child opens its own."""
+    """The outbox of this process, opened now if need be. A forked child opens its own.
+
+    Raises ConfigError when what the environment or `taskd.configure()` says is not valid.
+    """
+    global _bound
     with _lock:
-        if _bound is None or _bound_pid != os.getpid():
+        if _bound is None:
             if _open is None:
                 raise RuntimeError("no outbox is bound; call taskd.configure() or taskd.tasks.outbox.bind()")
-            bind(_open())
-        assert _bound is not None
+            _bound = _open()
         return _bound
+
+
+def _after_fork_in_child() -> None:
+    # The parent's outbox keeps its thread and connections in the parent; its lock may have been held
+    # by a thread that does not exist here.
+    global _bound, _lock
+    _bound = None
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
