@@ -22,7 +22,8 @@ from taskd.log.groups import Group
 from taskd.log.limits import MAX_RECORD_BYTES, READ_MAX_BYTES, is_topic, refusal
 from taskd.log.scope import open_background
 
-REVOKE_WITHIN_S = 15.0  # half of what a member of a Kafka group is given here, so that both feel alikeREAD_AGAIN_S = 1.0  # after the disk failed
+REVOKE_WITHIN_S = 15.0  # half of what a member of a Kafka group is given here, so that both feel alike
+READ_AGAIN_S = 1.0  # after the disk failed
 
 log = structlog.get_logger("taskd.log")
 
