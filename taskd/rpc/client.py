@@ -231,7 +231,7 @@ class Client:
         raise PeerUnavailable(f"{self.address}: nobody answered within {CONNECT_S:g} s")
 
     async def _hand_shake(self, connected: socket.socket) -> Protocol:
-        """Give the socket to grpclib and wait for the server's settings, which say how many calls it takes."""
+        """Give the socket to grpclib and wait for the server's settings, which limit the calls at once."""
         protocol = Protocol(_NoRequests(), self._config, client_side=True, max_message_bytes=MAX_REPLY_BYTES)
         ready = False
         try:

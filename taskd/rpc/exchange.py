@@ -302,7 +302,7 @@ class Protocol(H2Protocol):
         self.lost.set()
 
     async def say_goodbye(self, reason: str) -> None:
-        """Send GOAWAY and close. What the peer does not take within `GOODBYE_S` is dropped. Call it shielded."""
+        """Send GOAWAY and close; what is not taken within `GOODBYE_S` is dropped. Call it shielded."""
         if not self.connection.is_closing():
             self.connection.h2.close_connection()
             self.connection.flush()
