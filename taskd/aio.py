@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-import trio_asyncio
 import structlog
 import trio
+import trio_asyncio
 
-__all__ = ["call", "finish", "mapped", "open_loop", "trio_handler", "unhandled_errors"]
+__all__ = ["Interrupted", "call", "finish", "mapped", "open_loop", "trio_handler", "unhandled_errors"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,16 +39,42 @@ def _log_and_count(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 @asynccontextmanager
 async def open_loop() -> AsyncIterator[None]:
-    """Run asyncio's loop while the block lasts. Outermost in a composition root: the loop outlives its users."""
-    async with trio_asyncio.open_loop() as loop:
-        loop.set_exception_handler(_log_and_count)
-        yield
+    """Run asyncio's loop while the block lasts. Outermost in a composition root: the loop outlives its users.
+
+    What the block raises leaves it as it is, not wrapped in the groups of the loop's nurseries.
+    """
+    failure: BaseException | None = None
+    try:
+        async with trio_asyncio.open_loop() as loop:
+            loop.set_exception_handler(_log_and_count)
+            try:
+                yield
+            except BaseException as error:
+                failure = error
+    finally:
+        if failure is not None:
+            raise failure
+
+
+class Interrupted(Exception):
+    """The asyncio code was cancelled from its own side, not by the Trio task that awaits it."""
 
 
 async def call(fn: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Await an asyncio function from Trio. Cancellation is passed on, and waits until `fn` has unwound."""
-    result: T = await trio_asyncio.aio_as_trio(fn)(*args, **kwargs)
+    """Await an asyncio function from Trio. Cancellation is passed on, and waits until `fn` has unwound.
+
+    Raises what `fn` raises, and Interrupted when asyncio cancelled it: CancelledError is no
+    Exception, and would pass every handler of errors on the Trio side.
+    """
+    try:
+        result: T = await trio_asyncio.aio_as_trio(fn)(*args, **kwargs)
+    except asyncio.CancelledError as error:
+        raise Interrupted(f"{_name_of(fn)} was cancelled inside asyncio") from error
     return result
+
+
+def _name_of(fn: object) -> str:
+    return getattr(fn, "__qualname__", None) or repr(fn)
 
 
 async def finish(fn: Callable[[], Awaitable[object]], *, within_s: float) -> bool:
@@ -60,10 +86,10 @@ async def finish(fn: Callable[[], Awaitable[object]], *, within_s: float) -> boo
         try:
             await call(fn)
         except Exception as error:
-            log.warning("clean-up failed", what=getattr(fn, "__qualname__", repr(fn)), error=repr(error))
+            log.warning("clean-up failed", what=_name_of(fn), error=repr(error))
             return False
     if scope.cancelled_caught:
-        log.warning("clean-up took too long", what=getattr(fn, "__qualname__", repr(fn)), within_s=within_s)
+        log.warning("clean-up took too long", what=_name_of(fn), within_s=within_s)
         return False
     return True
 

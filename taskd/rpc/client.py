@@ -24,7 +24,8 @@ from h2.exceptions import H2Error, TooManyStreamsError
 from taskd import aio
 from taskd.errors import ConfigError, PeerError, PeerTimeout, PeerUnavailable, Refused
 from taskd.rpc.base import MAX_MESSAGE_BYTES, ClientStream
-from taskd.rpc.exchange import Exchange, Headers, Protocol, configuration
+from taskd.rpc.connection import Protocol, configuration
+from taskd.rpc.exchange import Exchange, Headers
 
 CONNECT_S = 5.0
 MAX_TIMEOUT_S = 99_999_999.0  # eight digits are what grpc-timeout can hold

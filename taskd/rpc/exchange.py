@@ -12,47 +12,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-import structlog
 import trio
-from grpclib.config import Configuration
-from grpclib.protocol import AbstractHandler, Connection, EventsProcessor, H2Protocol
+from grpclib.protocol import Connection
 from grpclib.protocol import Stream as GrpclibStream
-from grpclib.utils import Wrapper
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import Event as H2Event
-from h2.events import RemoteSettingsChanged
 from h2.exceptions import H2Error
-from h2.settings import SettingCodes
 from trio.lowlevel import ParkingLot
 
 from taskd.errors import PeerUnavailable
 from taskd.rpc.inbox import PREFIX, Inbox
 
-log = structlog.get_logger("taskd.rpc")
-
-STREAM_WINDOW_BYTES = 4 * 1024 * 1024
-# Larger than a stream's, so that one stream nobody reads does not stop the others.
-CONNECTION_WINDOW_BYTES = 16 * 1024 * 1024
-FRAME_BYTES = 256 * 1024  # HTTP/2 begins with 16 KiB, and each frame costs as much as a small message
-GOODBYE_S = 1.0  # for what is still in the transport's buffer when a connection is closed
+if TYPE_CHECKING:
+    from taskd.rpc.connection import Channel
 
 Headers = list[tuple[str, str]]
-
-
-def configuration(*, keepalive_time_s: float, without_calls: bool) -> Configuration:
-    """Pings find a peer whose machine or network is gone: every `keepalive_time_s`, 20 s to answer."""
-    return Configuration(
-        _keepalive_time=keepalive_time_s,
-        _keepalive_timeout=20.0,
-        _keepalive_permit_without_calls=without_calls,
-        _http2_max_pings_without_data=0,
-        _http2_min_sent_ping_interval_without_data=keepalive_time_s / 2,
-        http2_connection_window_size=CONNECTION_WINDOW_BYTES,
-        http2_stream_window_size=STREAM_WINDOW_BYTES,
-    )
 
 
 class Signal(asyncio.Event):
@@ -193,122 +168,3 @@ class Exchange(GrpclibStream):
         if self.closable:
             self.reset_nowait(code)
         self.__terminated__(reason)
-
-
-class Channel(Connection):
-    """One HTTP/2 connection."""
-
-    def __init__(
-        self, h2: H2Connection, transport: asyncio.Transport, config: Configuration, max_message_bytes: int
-    ):
-        super().__init__(h2, transport, config=config)
-        self.h2 = h2
-        self.transport = transport
-        self.max_message_bytes = max_message_bytes
-        self.stream_closed = ParkingLot()
-        self.stream_close_waiter = Signal(self.stream_closed)
-        self.ready = trio.Event()  # the peer's settings came, or never will
-        address = transport.get_extra_info("peername")
-        self.peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "peer"
-
-    def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> Exchange:
-        assert stream_id is not None
-        return Exchange(self, stream_id)
-
-    def ack(self, stream_id: int, size: int) -> None:
-        if not self.is_closing():
-            super().ack(stream_id, size)
-
-    def flush(self) -> None:
-        if not self.is_closing():
-            super().flush()
-
-
-class _Processor(EventsProcessor):
-    """Gives each event to its stream. Events grpclib does not know are ignored, as HTTP/2 asks."""
-
-    connection: Channel
-
-    def process(self, event: H2Event) -> None:
-        processors = getattr(self, "processors", {})  # grpclib deletes them on close
-        process = processors.get(type(event))
-        if process is not None:
-            process(event)
-
-    def process_remote_settings_changed(self, event: RemoteSettingsChanged) -> None:
-        super().process_remote_settings_changed(event)
-        self.connection.ready.set()
-
-    def close(self, reason: str = "the connection was closed") -> None:
-        super().close(reason)
-        self.connection.stream_closed.unpark_all()
-        self.connection.ready.set()
-
-
-class Protocol(H2Protocol):
-    """What asyncio's transport calls. An error here costs this connection and nothing else."""
-
-    connection: Channel
-    processor: _Processor
-
-    def __init__(
-        self, handler: AbstractHandler, config: Configuration, *, client_side: bool, max_message_bytes: int
-    ) -> None:
-        # latin-1 decodes any byte: a strange header is its call's problem, not the connection's.
-        h2_config = H2Configuration(
-            client_side=client_side,
-            header_encoding="latin-1",
-            validate_inbound_headers=False,
-            validate_outbound_headers=False,
-            normalize_inbound_headers=False,
-            normalize_outbound_headers=False,
-        )
-        super().__init__(handler, config, h2_config)
-        self._max_message_bytes = max_message_bytes
-        self.lost = trio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        h2 = H2Connection(config=self.h2_config)
-        h2.initiate_connection()
-        h2.increment_flow_control_window(
-            self.config.http2_connection_window_size - h2.local_settings.initial_window_size
-        )
-        h2.update_settings(
-            {
-                SettingCodes.INITIAL_WINDOW_SIZE: self.config.http2_stream_window_size,
-                SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES,
-            }
-        )
-        self.connection = Channel(h2, transport, self.config, self._max_message_bytes)
-        self.connection.flush()
-        self.connection.initialize()
-        self.processor = _Processor(self.handler, self.connection)
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            super().data_received(data)
-        except Exception as error:
-            log.warning("connection closed: bad HTTP/2", peer=self.connection.peer, error=repr(error))
-            self.processor.close("bad HTTP/2")
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        for stream in self.processor.streams.values():
-            stream.window_updated.set()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        self.lost.set()
-
-    async def say_goodbye(self, reason: str) -> None:
-        """Send GOAWAY and close; what is not taken within `GOODBYE_S` is dropped. Call it shielded."""
-        if not self.connection.is_closing():
-            self.connection.h2.close_connection()
-            self.connection.flush()
-            self.processor.close(reason)
-        with trio.move_on_after(GOODBYE_S):
-            await self.lost.wait()
-            return
-        self.connection.transport.abort()
-        await self.lost.wait()

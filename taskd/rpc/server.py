@@ -23,7 +23,8 @@ from taskd import aio
 from taskd.errors import StartupError
 from taskd.rpc.answer import Call, Limits
 from taskd.rpc.base import MAX_MESSAGE_BYTES, Services
-from taskd.rpc.exchange import Exchange, Headers, Protocol, configuration
+from taskd.rpc.connection import Protocol, configuration
+from taskd.rpc.exchange import Exchange, Headers
 
 log = structlog.get_logger("taskd.rpc")
 
@@ -130,6 +131,22 @@ def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
 
 
 @asynccontextmanager
+async def _open_serving_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery that leaves what its block raises as it is, and whose tasks end with the block."""
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                yield nursery
+            except BaseException as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        if failure is not None:
+            raise failure
+
+
+@asynccontextmanager
 async def serve(
     services: Services,
     host: str,
@@ -146,20 +163,13 @@ async def serve(
     UNAVAILABLE, and closes all connections; that is not skipped by cancellation and ends in seconds
     unless a handler does not let itself be cancelled. Runs inside `aio.open_loop()`.
     """
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
+    async with _open_serving_nursery() as nursery:
         server = _Server(services, Limits(max_request_bytes, max_reply_bytes), nursery)
         try:
             listener = await aio.call(_listen, server, host, port)
         except OSError as error:
-            failure = _cannot_listen(host, port, error)
-        else:
-            try:
-                yield listener.sockets[0].getsockname()[1]
-            except BaseException as error:
-                # Raised again outside of the nursery, which would wrap it in a group.
-                failure = error
+            raise _cannot_listen(host, port, error) from error
+        try:
+            yield listener.sockets[0].getsockname()[1]
+        finally:
             await server.stop(listener)
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
