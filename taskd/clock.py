@@ -26,6 +26,11 @@ class Clock(Protocol):
     def now(self) -> Now: ...
 
 
+def monotonic_s() -> float:
+    """The monotonic clock in seconds, finely: for measuring how long something took."""
+    return time.perf_counter()
+
+
 class StepWatch:
     """Notices steps of the wall clock; `readings` come in the order they were taken."""
 

@@ -17,12 +17,15 @@ from typing import Generic, Protocol, TypeVar
 import outcome
 import trio
 
+from taskd.clock import monotonic_s
+
 T = TypeVar("T")
 
 # Applies every write in order inside one transaction; a write that fails on its own yields its
 # error and leaves its neighbours alone. Raises only when the whole transaction failed.
 Write = Callable[[], object]
 Apply = Callable[[Sequence[Write]], "list[outcome.Outcome[object]]"]
+OnBatch = Callable[[int, float], None]
 
 
 class Committer(Protocol):
@@ -56,11 +59,11 @@ class _Waiting(Generic[T]):
 class GroupCommit:
     """A committer whose transactions run in one thread of their own.
 
-    Open it with `open_group_commit`. `on_batch(size)` is called in the Trio thread after each
-    transaction.
+    Open it with `open_group_commit`. `on_batch` is called in the Trio thread after each
+    transaction with the number of writes and the seconds it took.
     """
 
-    def __init__(self, apply: Apply, on_batch: Callable[[int], None], max_batch: int) -> None:
+    def __init__(self, apply: Apply, on_batch: OnBatch, max_batch: int) -> None:
         self._apply = apply
         self._on_batch = on_batch
         self._max_batch = max_batch
@@ -101,18 +104,19 @@ class GroupCommit:
         self._token.run_sync_soon(self._stopped.set)
 
     def _perform(self, batch: list[_Waiting[object]]) -> None:
+        began_s = monotonic_s()
         try:
             results = self._apply([waiting.write for waiting in batch])
         except Exception as error:
             results = [outcome.Error(error) for _ in batch]
         for waiting, result in zip(batch, results, strict=True):
             waiting.result = result
-        self._token.run_sync_soon(self._announce, batch)
+        self._token.run_sync_soon(self._announce, batch, monotonic_s() - began_s)
 
-    def _announce(self, batch: list[_Waiting[object]]) -> None:
+    def _announce(self, batch: list[_Waiting[object]], seconds: float) -> None:
         for waiting in batch:
             waiting.done.set()
-        self._on_batch(len(batch))
+        self._on_batch(len(batch), seconds)
 
     async def _close(self) -> None:
         self._closing = True
@@ -126,7 +130,7 @@ async def open_group_commit(
     apply: Apply,
     *,
     name: str,
-    on_batch: Callable[[int], None] = lambda size: None,
+    on_batch: OnBatch = lambda size, seconds: None,
     max_batch: int = 4096,
 ) -> AsyncIterator[GroupCommit]:
     """Run the committing thread while the block lasts; on leaving, everything submitted is committed first."""

@@ -79,6 +79,7 @@ class Arrivals:
         store.move(lane.number, None, event)
         store.measure("received_to_stored", now.wall_ms - received_at_ms)
         if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
+            store.discard("expired")
             self._departures.finish(
                 store.db.last_insert_rowid(), lane.number, status, Outcome.EXPIRED, now, reason="expired"
             )

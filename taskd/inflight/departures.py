@@ -38,6 +38,7 @@ class Departures:
         if dead_letter:
             self._store.run("leave", status, reason, error, None, None, row)
         else:
+            self._store.discard(reason)
             self.finish(row, lane, status, OUTCOMES[status], now, reason=reason, error=error)
 
     def expire(self, row: int, lane: int, before: Status, dead_letter: bool, now: Now) -> None:

@@ -224,6 +224,10 @@ class Leases:
             self._end_by_id(id_, now, "lost on the way to its worker")
         return len(lost)
 
+    def held_ids(self, limit: int) -> list[str]:
+        """Some of the activations that are with workers now."""
+        return [id_ for (id_,) in self._store.run("held", limit)]
+
     def holders(self) -> list[str]:
         """Workers that hold a stream lease."""
         return [holder for (holder,) in self._store.run("holders")]

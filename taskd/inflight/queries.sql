@@ -73,6 +73,9 @@ SELECT id FROM inflight WHERE status = 5 AND lease_end_mono_ms <= ? ORDER BY lea
 -- name: held_by
 SELECT id, fence FROM inflight WHERE status = 5 AND holder = ?
 
+-- name: held
+SELECT id FROM inflight WHERE status = 5 ORDER BY row LIMIT ?
+
 -- name: holders
 SELECT DISTINCT holder FROM inflight WHERE status = 5 AND holder IS NOT NULL
 

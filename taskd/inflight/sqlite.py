@@ -42,12 +42,14 @@ class Changes:
     events: Counter[tuple[Event, Status]] = field(default_factory=Counter)
     counts: Counter[tuple[int, Status]] = field(default_factory=Counter)
     lanes: list[Lane] = field(default_factory=list)
+    discarded: Counter[str] = field(default_factory=Counter)  # ended without a dead letter, by reason
     durations_ms: list[tuple[str, int]] = field(default_factory=list)  # (metric, value)
 
     def absorb(self, other: Changes) -> None:
         self.events.update(other.events)
         self.counts.update(other.counts)
         self.lanes.extend(other.lanes)
+        self.discarded.update(other.discarded)
         self.durations_ms.extend(other.durations_ms)
 
 
@@ -143,6 +145,10 @@ class SqliteStore:
     def forget(self, lane: int) -> None:
         """A tombstone was deleted."""
         self._count(lane, Status.GONE, -1)
+
+    def discard(self, reason: str) -> None:
+        """An activation ends for this reason, and nothing of it is kept but its id."""
+        self._write.discarded[reason] += 1
 
     def measure(self, metric: str, value_ms: int) -> None:
         """Note a duration; it is observed once the transaction is committed."""

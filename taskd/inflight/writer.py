@@ -12,7 +12,7 @@ import trio
 
 from taskd.activation.lifecycle import Status
 from taskd.clock import Clock, Now
-from taskd.groupcommit import Committer, InlineCommitter, open_group_commit
+from taskd.groupcommit import Committer, InlineCommitter, OnBatch, open_group_commit
 from taskd.inflight.arrivals import Arrivals
 from taskd.inflight.base import (
     Arrival,
@@ -91,6 +91,9 @@ class Inflight:
     async def reconcile(self, holder: str, holding: Iterable[Ref]) -> int:
         return await self._submit(lambda now: self._leases.reconcile(holder, holding, now))
 
+    async def held_ids(self, limit: int) -> list[str]:
+        return await self._submit(lambda now: self._leases.held_ids(limit))
+
     async def holders(self) -> list[str]:
         return await self._submit(lambda now: self._leases.holders())
 
@@ -141,6 +144,10 @@ class Inflight:
         """Of the database file and its write-ahead log."""
         wal = self._store.path.with_name(self._store.path.name + "-wal")
         return sum(path.stat().st_size for path in (self._store.path, wal) if path.exists())
+
+    def watch_all(self) -> Wake:
+        """A wake-up for each commit that moved any row."""
+        return self.watch(*Status)
 
     def watch_claimable(self) -> Wake:
         """A wake-up for each commit that may have made a row claimable."""
@@ -207,7 +214,7 @@ async def open_inflight(
     policy: Policy,
     *,
     inline: bool = False,
-    on_batch: Callable[[int], None] = lambda n: None,
+    on_batch: OnBatch = lambda size, seconds: None,
 ) -> AsyncIterator[Inflight]:
     """Open the store at `path` while the block lasts; raises StartupError when that cannot be.
 

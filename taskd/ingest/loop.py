@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import structlog
 import trio
 
-from taskd.activation.lifecycle import Status
 from taskd.clock import Clock
 from taskd.errors import LogUnavailable, StoreError
 from taskd.inflight.base import Arrival, Inserted
@@ -25,7 +24,7 @@ log = structlog.get_logger("taskd.ingest")
 
 
 class Ingest:
-    """Feeds one store from one reader. `run` it until cancelled; cancelling loses nothing."""
+    """Feeds one store from one reader. Cancelling `run` loses nothing; `stop` lets it finish its batch."""
 
     def __init__(
         self, reader: Reader, inflight: Inflight, clock: Clock, *, limits: Limits, batch_max_records: int
@@ -37,20 +36,29 @@ class Ingest:
         self._batch_max_records = batch_max_records
         self._flushing = trio.Lock()
         self._lost: set[Partition] = set()
+        self._stopping = trio.CancelScope()
         self.paused: dict[str, str] = {}
         self.failing = ""
         self.last_progress_mono_ms = clock.now().mono_ms
 
     async def run(self) -> None:
+        """Feed until `stop`; what was read by then is stored and committed first."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_assignments)
-            while True:
+            while not self._stopping.cancel_called:
                 await self._read_once()
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        self._stopping.cancel()
 
     async def _read_once(self) -> None:
         self._progress()
-        limit = await self._wait_for_room()
-        records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
+        records: list[Record] = []
+        with self._stopping:
+            limit = await self._wait_for_room()
+            records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
+        self._stopping = trio.CancelScope() if not self._stopping.cancel_called else self._stopping
         if not records:
             return
         async with self._flushing:
@@ -108,7 +116,7 @@ class Ingest:
         """Wait until a limit leaves room; returns for how many records."""
         reasons = full(self._inflight.counts(), self._inflight.size_bytes(), self._limits)
         if reasons:
-            wake = self._inflight.watch(*Status)
+            wake = self._inflight.watch_all()
             try:
                 while reasons:
                     self._show(reasons)

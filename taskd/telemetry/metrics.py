@@ -65,6 +65,9 @@ superseded_results = _counter(
 claims = _counter("taskd_claims_total", "Activations handed out", "via")
 results = _counter("taskd_results_total", "Results taken from workers", "via", "status")
 connected_workers = _gauge("taskd_connected_workers", "Workers with an open stream")
+received_to_stored_seconds = _histogram(
+    "taskd_received_to_stored_seconds", "From received_at to the row in the store", _WAIT_S
+)
 received_to_started_seconds = _histogram(
     "taskd_received_to_started_seconds", "From received_at to the first start", _WAIT_S
 )

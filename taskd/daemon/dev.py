@@ -1,0 +1,44 @@
+"""Broker and worker in one process tree, for local development."""
+
+from __future__ import annotations
+
+import trio
+
+from taskd.config.schema import BrokerConfig, WorkerConfig
+from taskd.daemon.broker import BrokerAddresses, run_broker
+from taskd.daemon.worker import run_worker
+
+
+async def run_dev(
+    broker: BrokerConfig,
+    worker: WorkerConfig,
+    pool: str = "default",
+    *,
+    stop: trio.Event,
+    task_status: trio.TaskStatus[BrokerAddresses] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run both until `stop`: the worker drains first, the broker takes its last results and follows.
+
+    The pool works for this broker, whatever addresses its section names.
+    """
+    stop_broker = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def start_broker(task_status: trio.TaskStatus[BrokerAddresses]) -> None:
+            await run_broker(broker, stop=stop_broker, task_status=task_status)
+
+        addresses = await nursery.start(start_broker)
+        section = worker.pools[pool].model_copy(
+            update={"brokers": (f"{broker.rpc.host}:{addresses.rpc_port}",)}
+        )
+        here = worker.model_copy(update={"pools": {pool: section}})
+        try:
+            async with trio.open_nursery() as working:
+
+                async def start_worker(task_status: trio.TaskStatus[None]) -> None:
+                    await run_worker(here, pool, stop=stop, task_status=task_status)
+
+                await working.start(start_worker)
+                task_status.started(addresses)
+        finally:
+            stop_broker.set()

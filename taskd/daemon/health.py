@@ -1,0 +1,66 @@
+"""Health means progress: each part says when it last got on, and a stuck one turns readiness off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import trio
+
+from taskd.clock import Clock
+from taskd.ingest.loop import Ingest
+from taskd.log.base import Reader
+from taskd.upkeep.duties import Upkeep
+from taskd.web.health import PartHealth
+
+STUCK_AFTER_MS = 30_000  # every part gets on at least every few seconds, also when there is nothing to do
+
+
+class BrokerHealth:
+    """What `/readyz` and the gRPC health service ask. The feeding parts come once the log is there."""
+
+    def __init__(self, clock: Clock, upkeep: Upkeep, draining: trio.Event) -> None:
+        self._clock = clock
+        self._upkeep = upkeep
+        self._draining = draining
+        self.ingest: Ingest | None = None
+        self.reader: Reader | None = None
+
+    def parts(self) -> Mapping[str, PartHealth]:
+        return {
+            "log": self._log(),
+            "ingest": self._ingest(),
+            "upkeep": self._duties(),
+            "dispatch": PartHealth(
+                not self._draining.is_set(), "stopping" if self._draining.is_set() else ""
+            ),
+        }
+
+    def serving(self) -> bool:
+        return not self._draining.is_set()
+
+    def _log(self) -> PartHealth:
+        if self.reader is None:
+            return PartHealth(False, "not connected yet")
+        return PartHealth(self.reader.healthy, "" if self.reader.healthy else "the log cannot be reached")
+
+    def _ingest(self) -> PartHealth:
+        if self.ingest is None:
+            return PartHealth(False, "waits for the log")
+        if self.ingest.failing:
+            return PartHealth(False, self.ingest.failing)
+        stuck = self._stuck(self.ingest.last_progress_mono_ms)
+        if stuck:
+            return PartHealth(False, stuck)
+        return PartHealth(True, "; ".join(f"reading pauses: {why}" for why in self.ingest.paused.values()))
+
+    def _duties(self) -> PartHealth:
+        troubles = [
+            f"{duty.name}: {trouble}"
+            for duty in self._upkeep.duties
+            if (trouble := duty.failing or self._stuck(duty.last_progress_mono_ms))
+        ]
+        return PartHealth(not troubles, "; ".join(troubles))
+
+    def _stuck(self, last_progress_mono_ms: int) -> str:
+        silent_ms = self._clock.now().mono_ms - last_progress_mono_ms
+        return f"no progress for {silent_ms // 1000} s" if silent_ms > STUCK_AFTER_MS else ""

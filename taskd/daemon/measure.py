@@ -1,0 +1,49 @@
+"""Brings the numbers of a broker's parts to the metrics page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from taskd.inflight.sqlite import Changes
+from taskd.inflight.writer import Inflight
+from taskd.log.base import Reader
+from taskd.telemetry import metrics
+
+EVERY_S = 5.0
+
+_DURATIONS = {
+    "received_to_stored": metrics.received_to_stored_seconds,
+    "received_to_started": metrics.received_to_started_seconds,
+    "received_to_finished": metrics.received_to_finished_seconds,
+}
+
+
+def count(changes: Changes) -> None:
+    """One committed transaction."""
+    for (event, status), times in changes.events.items():
+        metrics.transitions.labels(event.value, status.word).inc(times)
+    for reason, times in changes.discarded.items():
+        metrics.discarded.labels(reason).inc(times)
+    for name, value_ms in changes.durations_ms:
+        _DURATIONS[name].observe(value_ms / 1000)
+
+
+def committed(size: int, seconds: float) -> None:
+    metrics.commit_batch_size.observe(size)
+    metrics.commit_seconds.observe(seconds)
+
+
+async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -> None:
+    """Refresh depths and lag until cancelled."""
+    while True:
+        metrics.set_store_rows(
+            {(d.application, d.namespace, d.status.word): d.count for d in inflight.depths()}
+        )
+        current = reader()
+        if current is not None and current.healthy:
+            with trio.move_on_after(EVERY_S):
+                for partition, lag in (await current.lag()).items():
+                    metrics.log_lag_records.labels(partition.topic, str(partition.number)).set(lag)
+        await trio.sleep(EVERY_S)
