@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+from taskd.config.loader import pool_of
 from taskd.config.schema import BrokerConfig, WorkerConfig
 from taskd.daemon.broker import BrokerAddresses, run_broker
 from taskd.daemon.worker import run_worker
@@ -28,9 +29,8 @@ async def run_dev(
             await run_broker(broker, stop=stop_broker, task_status=task_status)
 
         addresses = await nursery.start(start_broker)
-        section = worker.pools[pool].model_copy(
-            update={"brokers": (f"{broker.rpc.host}:{addresses.rpc_port}",)}
-        )
+        brokers = (f"{broker.rpc.host}:{addresses.rpc_port}",)
+        section = pool_of(worker, pool).model_copy(update={"brokers": brokers})
         here = worker.model_copy(update={"pools": {pool: section}})
         try:
             async with trio.open_nursery() as working:

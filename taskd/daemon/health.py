@@ -30,13 +30,14 @@ class BrokerHealth:
             "log": self._log(),
             "ingest": self._ingest(),
             "upkeep": self._duties(),
-            "dispatch": PartHealth(
-                not self._draining.is_set(), "stopping" if self._draining.is_set() else ""
-            ),
+            "dispatch": self._dispatch(),
         }
 
     def serving(self) -> bool:
         return not self._draining.is_set()
+
+    def _dispatch(self) -> PartHealth:
+        return PartHealth(self.serving(), "" if self.serving() else "stopping")
 
     def _log(self) -> PartHealth:
         if self.reader is None:
