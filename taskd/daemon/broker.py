@@ -22,6 +22,7 @@ from taskd.daemon import measure
 from taskd.daemon.health import BrokerHealth
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
+from taskd.database import hold_lock
 from taskd.errors import LogUnavailable
 from taskd.inflight.base import Policy
 from taskd.inflight.presence import Presence
@@ -42,6 +43,7 @@ from taskd.upkeep.table import UpkeepSettings, broker_duties
 from taskd.web.server import serve_http
 from taskd.wire import consumer
 
+LOCK_FILE = "broker.lock"  # one broker for each data folder
 STORE_FILE = "inflight.sqlite"
 LOG_RETRY_S = (0.5, 30.0)  # first and longest pause before the log is tried again
 FLUSH_WITHIN_S = 3.0  # for the batch in hand when feeding stops
@@ -79,8 +81,15 @@ async def run_broker(
     """
     clock = SystemClock()
     metrics.asyncio_errors_from(lambda: aio.unhandled_errors)
+    with hold_lock(config.data_dir / LOCK_FILE):
+        async with aio.open_loop():
+            await _run_locked(config, clock, stop, task_status)
+
+
+async def _run_locked(
+    config: BrokerConfig, clock: Clock, stop: trio.Event, task_status: trio.TaskStatus[BrokerAddresses]
+) -> None:
     async with (
-        aio.open_loop(),
         _open_log(config, clock) as activation_log,
         open_inflight(
             config.data_dir / STORE_FILE, clock, _policy(config), on_batch=measure.committed
@@ -238,6 +247,7 @@ async def _open_log(config: BrokerConfig, clock: Clock) -> AsyncIterator[Log]:
             retention_s=embedded.retention_s,
             max_record_bytes=embedded.max_record_bytes,
             clock=clock,
+            lock=False,  # the broker holds it for its store already
         ) as opened:
             yield opened
     else:
