@@ -1,0 +1,108 @@
+"""The queue that all slots share, and the accounts behind it. Nothing here waits; slots and links do."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import structlog
+
+from taskd.wire.frames import Assignment
+from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
+
+log = structlog.get_logger("taskd.worker")
+
+PATIENCE_S = 2.0  # longer than this nothing waits here behind slow tasks while another worker may be free
+
+
+class Backlog:
+    """Work that is assigned to this worker and not yet in a child.
+
+    `on_work`: called when something can be taken; `on_news`: when a link has something to send.
+    """
+
+    def __init__(self, on_work: Callable[[], None], on_news: Callable[[], None]) -> None:
+        self.accounts: dict[str, Account] = {}
+        self.closed = False
+        self._waiting: deque[Job] = deque()
+        self._on_work = on_work
+        self._on_news = on_news
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def jobs_count(self) -> int:
+        """Everything this worker has and has not finished: waiting or in a child."""
+        return sum(len(account.jobs) for account in self.accounts.values())
+
+    @property
+    def untaken_count(self) -> int:
+        return sum(len(account.untaken) for account in self.accounts.values())
+
+    @property
+    def settled(self) -> bool:
+        return all(account.settled for account in self.accounts.values())
+
+    def account(self, store_id: str) -> Account:
+        return self.accounts.setdefault(store_id, Account(store_id))
+
+    def accept(self, account: Account, assignments: Iterable[Assignment], now: float) -> None:
+        for item in assignments:
+            expires_at = None if item.expires_in_ms is None else now + item.expires_in_ms / 1000
+            deadline_s = (item.processing_deadline_ms or DEFAULT_DEADLINE_MS) / 1000
+            job = Job(account, item.lease, item.activation, deadline_s, expires_at, now)
+            if not account.accept(job):
+                log.warning("assigned twice", id=item.id, fence=item.fence)
+            elif self.closed:
+                account.hand_back(job)
+            else:
+                self._waiting.append(job)
+        self._on_news() if self.closed else self._on_work()
+
+    def take(self, most: int, slots: int, now: float) -> list[Job]:
+        """The next jobs for one of `slots`: its fair share, at most `most`, and only what may still start."""
+        fair = -(-len(self._waiting) // slots)
+        jobs: list[Job] = []
+        while self._waiting and len(jobs) < min(most, fair):
+            job = self._waiting.popleft()
+            if self._may_start(job, now):
+                jobs.append(job)
+        return jobs
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Jobs a child did not start go before all others: they came first."""
+        if self.closed:
+            for job in jobs:
+                job.account.hand_back(job)
+            self._on_news()
+        else:
+            self._waiting.extendleft(reversed(jobs))
+            self._on_work()
+
+    def hand_back_late(self, now: float) -> None:
+        """Give back what waited longer than `PATIENCE_S`."""
+        while self._waiting and now - self._waiting[0].waiting_since >= PATIENCE_S:
+            job = self._waiting.popleft()
+            if self._may_start(job, now):
+                job.account.hand_back(job)
+                self._on_news()
+
+    def close(self) -> None:
+        """Hand back everything that waits, and whatever comes from now on."""
+        self.closed = True
+        for job in self._waiting:
+            job.account.hand_back(job)
+        self._waiting.clear()
+        self._on_news()
+
+    def _may_start(self, job: Job, now: float) -> bool:
+        if now > job.account.lease_until:
+            job.account.drop(job)  # the connection was lost for so long that somebody else has it by now
+            log.info("lease over before start", id=job.lease.id, store_id=job.account.store_id)
+            return False
+        if job.expires_at is not None and now >= job.expires_at:
+            job.account.hand_back(job)
+            self._on_news()
+            return False
+        return True

@@ -1,0 +1,285 @@
+"""One child process, seen from the worker: start it, feed it, hear from it, end it.
+
+`Spawner` and `Child` are the seam that flow tests put a scripted child behind; `ProcessSpawner` is
+the real thing.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Protocol
+
+import trio
+
+from taskd.errors import StartupError, TaskdError
+from taskd.worker import pipe
+
+READ_BYTES = 65_536
+EXIT_WITHIN_S = 2.0  # for an idle child that was told to go: its atexit handlers run
+
+
+class ChildGone(TaskdError):
+    """The child process ended."""
+
+
+class Child(Protocol):
+    """One child that said it is ready. Use it from one Trio run; `send` and `receive` from two tasks."""
+
+    pid: int
+    ready: pipe.Ready
+
+    async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
+        """Write pieces of work: activation, and seconds within which it must start or not at all.
+
+        They are numbered from 1 in the order sent. A child that ended takes them silently: `receive`
+        is who tells. A cancelled send leaves the child unusable.
+        """
+        ...
+
+    async def receive(self) -> list[pipe.Report]:
+        """Whatever was reported, at least one.
+
+        Raises ChildGone once the process ended and all it wrote was returned, ProtocolViolation
+        when something else than reports was written. Cancelling loses nothing.
+        """
+        ...
+
+    def take_back(self) -> int:
+        """Take back what the child has not begun to look at: that many of the pieces sent last."""
+        ...
+
+    def dismiss(self) -> None:
+        """No more work will come: the child exits when it has done what it has."""
+        ...
+
+    def kill(self) -> None:
+        """End the child and everything it started in its process group, at once."""
+        ...
+
+
+class Spawner(Protocol):
+    def open(self) -> AbstractAsyncContextManager[Child]:
+        """A child, ready. Leaving the block ends it.
+
+        Raises StartupError: it could not start, or did not say that it is ready.
+        """
+        ...
+
+
+class ProcessSpawner:
+    """Starts `python -m taskd.worker.entry`.
+
+    `modules`: imported in the child besides the installed plugins, for tasks that are not packaged.
+    `environment`: replaces the worker's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        modules: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        ready_within_s: float = 60.0,
+    ) -> None:
+        self._modules = tuple(modules)
+        self._environment = environment
+        self._ready_within_s = ready_within_s
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Child]:
+        child = self._start()
+        try:
+            await self._await_ready(child)
+            yield child
+        finally:
+            with trio.CancelScope(shield=True):
+                await child.aclose()
+
+    async def _await_ready(self, child: ProcessChild) -> None:
+        try:
+            with trio.fail_after(self._ready_within_s):
+                reports = await child.receive()
+        except trio.TooSlowError:
+            raise StartupError(
+                f"a child process was not ready within {self._ready_within_s:g} s; "
+                "does a plugin wait for something while it is imported?"
+            ) from None
+        except (ChildGone, pipe.ProtocolViolation) as error:
+            raise StartupError(f"a child process did not start: {error}; its stderr says why") from None
+        if not isinstance(reports[0], pipe.Ready):
+            raise StartupError(f"a child process began with {reports[0]!r:.100}, expected Ready")
+        child.ready = reports[0]
+
+    def _start(self) -> ProcessChild:
+        fds: list[int] = []
+        try:
+            for _ in range(3):
+                fds += os.pipe()
+            work_read, work_write, token_read, token_write, report_read, report_write = fds
+            command = [sys.executable, "-P", "-m", "taskd.worker.entry"]
+            command += [str(fd) for fd in (work_read, token_read, report_write, os.getpid())]
+            for module in self._modules:
+                command += ["--tasks", module]
+            # Not trio.lowlevel.open_process: it starts processes from a thread that ends when idle, and
+            # a child that asked to die with its parent dies with the *thread* that started it (prctl(2)).
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=(work_read, token_read, report_write),
+                start_new_session=True,  # a process group of its own, out of reach of the terminal's signals
+            )
+            pidfd = _pidfd(process)
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            raise StartupError(f"cannot start a child process: {error}") from None
+        os.close(work_read)
+        os.close(report_write)
+        return ProcessChild(process, pidfd, work_write, token_read, token_write, report_read)
+
+
+class ProcessChild:
+    """Implements `Child`. Its spawner closes it."""
+
+    ready = pipe.Ready(())
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        pidfd: int,
+        work: int,
+        token_read: int,
+        token_write: int,
+        reports: int,
+    ) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._work = trio.lowlevel.FdStream(work)
+        self._token_read = token_read
+        self._token_write = token_write
+        self._dismissed = False
+        self._reports = reports
+        for fd in (token_read, token_write, reports):
+            os.set_blocking(fd, False)
+        self._splitter = pipe.Splitter(pipe.MAX_REPORT_BYTES)
+        self._pidfd = pidfd
+        # One thing to wait for: a report, or the end of the process. The end of file alone would not do,
+        # a grandchild may have inherited the pipe.
+        self._either = select.epoll()
+        self._either.register(reports, select.EPOLLIN)
+        self._either.register(self._pidfd, select.EPOLLIN)
+        self._ended = False
+
+    async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
+        frames = b"".join(
+            pipe.encode_work(pipe.Work(activation, _deadline_ns(start_within_s)))
+            for activation, start_within_s in work
+        )
+        # Tokens first: a child that waits for a token would never read a frame that fills the pipe.
+        os.write(self._token_write, pipe.TOKEN_RUN * len(work))
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._work.send_all(frames)
+
+    async def receive(self) -> list[pipe.Report]:
+        while True:
+            await trio.lowlevel.checkpoint()
+            try:
+                data = os.read(self._reports, READ_BYTES)
+            except BlockingIOError:
+                if self._ended:
+                    raise ChildGone(await self._obituary()) from None
+                if not self._has_ended():  # else read once more: it may have written in between
+                    await trio.lowlevel.wait_readable(self._either.fileno())
+                continue
+            if not data:
+                raise ChildGone(await self._obituary())
+            self._splitter.feed(data)
+            if reports := [pipe.decode_report(frame) for frame in self._splitter]:
+                return reports
+
+    def take_back(self) -> int:
+        try:
+            taken = len(os.read(self._token_read, READ_BYTES))
+        except BlockingIOError:
+            return 0
+        if not self._dismissed:
+            os.write(self._token_write, pipe.TOKEN_SKIP * taken)
+        return taken
+
+    def dismiss(self) -> None:
+        if not self._dismissed:
+            self._dismissed = True
+            os.close(self._token_write)
+
+    def kill(self) -> None:
+        # The process is reaped in aclose only, so its number cannot have been given to another one.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    async def aclose(self) -> None:
+        """End the process, let go of every descriptor, leave no zombie."""
+        self.dismiss()
+        with trio.move_on_after(EXIT_WITHIN_S):
+            await self._wait()
+        self.kill()  # also when it went by itself: what it started goes with it
+        await self._wait()
+        self._process.wait()
+        await self._work.aclose()
+        self._either.close()
+        for fd in (self._pidfd, self._reports, self._token_read):
+            os.close(fd)
+
+    async def _wait(self) -> None:
+        if not self._has_ended():
+            await trio.lowlevel.wait_readable(self._pidfd)
+
+    def _has_ended(self) -> bool:
+        if not self._ended:
+            self._ended = self._exit() is not None
+        return self._ended
+
+    def _exit(self) -> os.waitid_result | None:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+    async def _obituary(self) -> str:
+        """How it ended. A child that closed its pipe and lives on is no use, and is killed."""
+        with trio.move_on_after(EXIT_WITHIN_S) as grace:
+            await self._wait()
+        if grace.cancelled_caught:
+            self.kill()
+            return f"child {self.pid} closed its pipe to the worker"
+        return f"child {self.pid} {self._cause()}"
+
+    def _cause(self) -> str:
+        found = self._exit()
+        assert found is not None
+        if found.si_code == os.CLD_EXITED:
+            return f"exited with status {found.si_status}"
+        return f"was ended by signal {_signal_name(found.si_status)}"
+
+
+def _pidfd(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
+
+
+def _deadline_ns(start_within_s: float | None) -> int | None:
+    return None if start_within_s is None else time.monotonic_ns() + int(start_within_s * 1e9)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -1,0 +1,258 @@
+"""The connection to one broker: hello, then work in one direction and results in the other, until it breaks.
+
+A link reconnects for ever, so one unreachable broker costs nothing but its own work. What it sends is
+kept in accounts (results.py), by store id: an address where another store answers gets nothing
+that belongs to the old one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import structlog
+import trio
+
+from taskd.errors import PeerError, PeerTimeout, PeerUnavailable, Undecodable
+from taskd.rpc.base import ClientStream
+from taskd.wire.frames import (
+    VERSION,
+    Assignments,
+    Credit,
+    Draining,
+    Heartbeat,
+    Hello,
+    Taken,
+    Welcome,
+    WorkerFrame,
+    decode_broker_frame,
+    encode_worker_frame,
+)
+from taskd.worker.backlog import Backlog
+from taskd.worker.results import Account
+
+log = structlog.get_logger("taskd.worker")
+
+WELCOME_WITHIN_S = 10.0
+SEND_WITHIN_S = 30.0
+BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.1, 10.0
+CALM_AFTER_S = 5.0  # a connection that lasted this long starts the back-off anew
+MAX_LEASE_S, MIN_LEASE_S = 86_400.0, 0.1
+
+State = Literal["connecting", "working", "draining", "down"]
+
+
+class Connector(Protocol):
+    def __call__(self, address: str) -> AbstractAsyncContextManager[ClientStream]:
+        """A fresh stream of `DispatchService/Work` to the broker there. Raises PeerError, also later on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a pool says of itself to every broker."""
+
+    worker_id: str
+    pool: str
+    application: str | None
+    namespaces: tuple[str, ...]
+
+
+class Link:
+    """Run it with `run`. `credit_wanted(link)`: how many more assignments it should ask for now.
+
+    `on_change`: called when the connection came or went, so that others share the work anew.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        identity: Identity,
+        backlog: Backlog,
+        *,
+        connect: Connector,
+        credit_wanted: Callable[[Link], int],
+        on_change: Callable[[], None],
+        rng: random.Random,
+    ) -> None:
+        self.address = address
+        self.state: State = "connecting"
+        self.account: Account | None = None  # of the store that last welcomed us here
+        self.credit = 0  # assignments the broker may still send
+        self._identity = identity
+        self._backlog = backlog
+        self._connect = connect
+        self._credit_wanted = credit_wanted
+        self._on_change = on_change
+        self._rng = rng
+        self._wake = trio.Event()
+        self._lease_s = MAX_LEASE_S
+        self._sent_at = 0.0
+        self._closing = False
+
+    @property
+    def connected(self) -> bool:
+        return self.state in ("working", "draining")
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Send what there is, then end the stream in an orderly way, so that all of it arrives."""
+        self._closing = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keep the connection until `close` or cancelled."""
+        failures = 0
+        while True:
+            since = trio.current_time()
+            try:
+                async with self._connect(self.address) as stream:
+                    await self._converse(stream)
+                why = "the broker ended the stream"
+            except* (PeerError, Undecodable) as group:
+                why = _reasons(group)
+            calm = self.connected and trio.current_time() - since >= CALM_AFTER_S
+            failures = 1 if calm else failures + 1
+            self._disconnected(why, failures)
+            if self._closing:
+                break
+            await trio.sleep(self._backoff_s(failures))
+
+    def _backoff_s(self, failures: int) -> float:
+        longest_s = min(BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), BACKOFF_MOST_S)
+        return self._rng.uniform(longest_s / 2, longest_s)
+
+    def _disconnected(self, why: str, failures: int) -> None:
+        if self._closing:
+            log.info("broker left", address=self.address)
+        elif self.connected or failures == 1:
+            log.warning("broker lost", address=self.address, error=why)
+        else:
+            log.info("broker not reached", address=self.address, error=why, failures=failures)
+        if self.connected and self.account is not None:
+            self.account.connection_lost()
+        self.state = "down"
+        self.credit = 0
+        self._on_change()
+
+    # ---- one connection
+
+    async def _converse(self, stream: ClientStream) -> None:
+        """Until the stream ends, or raises PeerError or Undecodable, maybe in groups."""
+        account = await self._introduce(stream)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_news, stream, account)
+            await self._receive(stream, account)
+            nursery.cancel_scope.cancel()
+
+    async def _introduce(self, stream: ClientStream) -> Account:
+        before = self.account
+        me = self._identity
+        hello = Hello(
+            me.worker_id,
+            me.pool,
+            me.application,
+            me.namespaces,
+            before.store_id if before else "",
+            before.holding if before else (),
+        )
+        with trio.move_on_after(WELCOME_WITHIN_S) as waiting:
+            await stream.send(encode_worker_frame(hello))
+            welcome = await _welcome(stream)
+        if waiting.cancelled_caught:
+            raise PeerTimeout(f"no welcome from {self.address} within {WELCOME_WITHIN_S:g} s")
+        return self._welcomed(welcome)
+
+    def _welcomed(self, welcome: Welcome) -> Account:
+        if self.account is not None and self.account.store_id != welcome.store_id:
+            log.warning(
+                "another store answers at this address",
+                address=self.address,
+                before=self.account.store_id,
+                now=welcome.store_id,
+                kept_results=len(self.account.untaken),
+            )
+        self._lease_s = min(max(welcome.lease_ms / 1000, MIN_LEASE_S), MAX_LEASE_S)
+        self.account = self._backlog.account(welcome.store_id)
+        self.account.connection_lost()  # tell everything anew: nobody knows what arrived before
+        self._sent_at = trio.current_time()
+        self.account.lease_until = self._sent_at + self._lease_s
+        self.state, self.credit = "working", 0
+        log.info("broker connected", address=self.address, store_id=welcome.store_id)
+        self._on_change()
+        return self.account
+
+    async def _receive(self, stream: ClientStream, account: Account) -> None:
+        while (body := await stream.receive()) is not None:
+            match decode_broker_frame(body):
+                case Assignments(assignments):
+                    self.credit = max(self.credit - len(assignments), 0)
+                    self._backlog.accept(account, assignments, trio.current_time())
+                case Taken(leases):
+                    account.taken(leases)
+                    self._on_change()
+                case Draining():
+                    self.state = "draining"
+                case Welcome():
+                    raise Undecodable(f"{self.address} sent a second welcome")
+
+    async def _send_news(self, stream: ClientStream, account: Account) -> None:
+        """Send what there is at once, and a heartbeat every quarter of a lease without."""
+        while True:
+            self._wake = trio.Event()
+            frames = self._frames(account)
+            if self._closing and not frames:
+                await stream.finish()
+                return
+            if not frames:
+                with trio.move_on_at(self._sent_at + self._lease_s / 4):
+                    await self._wake.wait()
+                    continue
+                frames = [Heartbeat()]
+            for frame in frames:
+                await self._send(stream, account, frame)
+            if self._backlog.closed:
+                self._on_change()  # a drain waits for what was just sent
+
+    def _frames(self, account: Account) -> list[WorkerFrame]:
+        frames = account.news()
+        if self.state == "working" and (more := self._credit_wanted(self)) > 0:
+            self.credit += more
+            frames.append(Credit(more))
+        return frames
+
+    async def _send(self, stream: ClientStream, account: Account, frame: WorkerFrame) -> None:
+        with trio.move_on_after(SEND_WITHIN_S) as sending:
+            await stream.send(encode_worker_frame(frame))
+        if sending.cancelled_caught:
+            raise PeerTimeout(f"{self.address} took no frame for {SEND_WITHIN_S:g} s")
+        self._sent_at = trio.current_time()
+        account.lease_until = self._sent_at + self._lease_s
+
+
+def _reasons(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(map(_reasons, error.exceptions))
+    return str(error)
+
+
+async def _welcome(stream: ClientStream) -> Welcome:
+    body = await stream.receive()
+    if body is None:
+        raise PeerUnavailable("the broker ended the stream before its welcome")
+    frame = decode_broker_frame(body)
+    if not isinstance(frame, Welcome):
+        raise Undecodable(f"the broker began with {type(frame).__name__}, expected Welcome")
+    if frame.version != VERSION:
+        raise Undecodable(
+            f"the broker chose version {frame.version} of the stream; this worker speaks {VERSION}"
+        )
+    if not frame.store_id:
+        raise Undecodable("the broker's welcome names no store")
+    return frame

@@ -1,0 +1,194 @@
+"""What a worker and its child process say to each other, and how. Imported at both ends.
+
+Three pipes: *work* and *tokens* lead to the child, *reports* leads back. A piece of work is a frame on
+the work pipe and one byte on the token pipe. The child takes a token before it touches the frame that
+belongs to it, and the parent can read the token pipe too: a token the parent took back is work the
+child can never start, however far ahead its frames were written, and however dead the child is. So a
+child can be fed ahead of need, and still nothing waits behind a slow task or is lost with a crash.
+
+Frames are a length of four bytes and a msgpack array. Work is numbered from 1 in the order it was
+written; reports name it by that number.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgpack  # type: ignore[import-untyped]  # ships no type information
+
+from taskd.errors import TaskdError
+
+TOKEN_RUN = b"r"
+TOKEN_SKIP = b"s"  # the frame in turn was taken back: pass over it
+
+MAX_WORK_BYTES = 64 * 1024 * 1024  # an activation fits a reply of 10 MiB; the rest is room
+MAX_REPORT_BYTES = 8 * 1024 * 1024  # the longest is the list of task names
+MAX_ERROR_CHARACTERS = 4_000
+
+_LENGTH = struct.Struct(">I")
+_READY, _STARTED, _DONE, _EXPIRED = 1, 2, 3, 4
+
+
+class ProtocolViolation(TaskdError):
+    """The bytes on a pipe between worker and child are not of their protocol."""
+
+
+class Work(NamedTuple):
+    """`start_by_ns`: of the monotonic clock, which is one per machine; past it, it must not start."""
+
+    activation: bytes
+    start_by_ns: int | None = None
+
+
+class Verdict(NamedTuple):
+    """What the activation's policy makes of an outcome; `status` is a number of `ResultStatus`."""
+
+    status: int
+    reason: str = ""
+    error: str = ""
+    max_attempts: int | None = None
+    delay_on_retry_s: int | None = None
+
+
+class Ready(NamedTuple):
+    """The child can work. `failures`: what could not be imported, and why."""
+
+    tasks: tuple[str, ...]
+    failures: tuple[tuple[str, str], ...] = ()
+
+
+class Started(NamedTuple):
+    """`on_timeout` is what applies if the deadline kills this very run; `quiet`: without a warning."""
+
+    number: int
+    on_timeout: Verdict
+    quiet: bool = False
+
+
+class Done(NamedTuple):
+    """`quiet`: the author declared this error as nothing to report."""
+
+    number: int
+    verdict: Verdict
+    duration_us: int
+    quiet: bool = False
+
+
+class Expired(NamedTuple):
+    """Not started: it was too late."""
+
+    number: int
+
+
+Report = Ready | Started | Done | Expired
+
+
+class Splitter:
+    """Cuts a stream of bytes into frames; a length above the limit is refused before it is buffered."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The frames that are complete; afterwards only the incomplete rest is kept."""
+        buffer, at, end = self._buffer, 0, len(self._buffer)
+        try:
+            while end - at >= 4:
+                (length,) = _LENGTH.unpack_from(buffer, at)
+                if length > self._max_bytes:
+                    raise ProtocolViolation(f"a frame of {length} bytes, at most {self._max_bytes} are taken")
+                if end - at - 4 < length:
+                    break
+                frame = bytes(buffer[at + 4 : at + 4 + length])
+                at += 4 + length
+                yield frame
+        finally:
+            del buffer[:at]
+
+
+def _frame(parts: tuple[Any, ...]) -> bytes:
+    body: bytes = msgpack.packb(parts)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _parts(frame: bytes) -> list[Any]:
+    try:
+        parts = msgpack.unpackb(frame)
+    except ValueError as error:  # the base of all that msgpack raises
+        raise ProtocolViolation(f"a frame that is not msgpack: {error}") from None
+    if not isinstance(parts, list) or not parts:
+        raise ProtocolViolation("a frame that is not an array")
+    return parts
+
+
+def encode_work(work: Work) -> bytes:
+    return _frame(work)
+
+
+def decode_work(frame: bytes) -> Work:
+    """Raises ProtocolViolation."""
+    parts = _parts(frame)
+    if len(parts) != 2 or not isinstance(parts[0], bytes):
+        raise ProtocolViolation("a piece of work that is not (activation, start by)")
+    return Work(parts[0], parts[1])
+
+
+def encode_report(report: Report) -> bytes:
+    match report:
+        case Ready():
+            return _frame((_READY, *report))
+        case Started():
+            return _frame((_STARTED, *report))
+        case Done():
+            return _frame((_DONE, *report))
+        case Expired():
+            return _frame((_EXPIRED, *report))
+
+
+def decode_report(frame: bytes) -> Report:
+    """Raises ProtocolViolation: whatever wrote this, it was not the loop of our child."""
+    kind, *parts = _parts(frame)
+    try:
+        if kind == _STARTED:
+            return Started(_number(parts[0]), _verdict(parts[1]), bool(parts[2]))
+        if kind == _DONE:
+            return Done(_number(parts[0]), _verdict(parts[1]), _number(parts[2]), bool(parts[3]))
+        if kind == _EXPIRED:
+            return Expired(_number(parts[0]))
+        if kind == _READY:
+            names, failures = parts
+            return Ready(tuple(map(str, names)), tuple((str(where), str(why)) for where, why in failures))
+    except (IndexError, TypeError, ValueError) as error:
+        raise ProtocolViolation(f"a malformed report: {error}") from None
+    raise ProtocolViolation(f"a report of unknown kind {kind!r:.40}")
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"expected a number, found {value!r:.40}")
+    return value
+
+
+def _verdict(parts: object) -> Verdict:
+    if not isinstance(parts, list) or len(parts) != 5:
+        raise TypeError("a verdict that is not five parts")
+    status, reason, error, max_attempts, delay_s = parts
+    if status not in (1, 2, 3, 4) or not isinstance(reason, str) or not isinstance(error, str):
+        raise TypeError("a verdict with parts of the wrong kind")
+    for optional in (max_attempts, delay_s):
+        if optional is not None:
+            _number(optional)
+    return Verdict(status, reason, error[:MAX_ERROR_CHARACTERS], max_attempts, delay_s)
+
+
+def cut(text: str) -> str:
+    """At most `MAX_ERROR_CHARACTERS` of a text, its end kept: that is where tracebacks name the error."""
+    if len(text) <= MAX_ERROR_CHARACTERS:
+        return text
+    return "…" + text[-(MAX_ERROR_CHARACTERS - 1) :]

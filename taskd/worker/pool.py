@@ -1,0 +1,251 @@
+"""A processing pool: slots that run tasks, links that fetch them, and the order in which both stop."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from taskd.config.schema import PoolSection
+from taskd.rpc.base import ClientStream
+from taskd.rpc.client import connect
+from taskd.worker.backlog import Backlog
+from taskd.worker.child import ProcessSpawner, Spawner
+from taskd.worker.link import Connector, Identity, Link
+from taskd.worker.pace import Pace
+from taskd.worker.slot import Slot
+
+log = structlog.get_logger("taskd.worker")
+
+WORK_PATH = "/taskd.v1.DispatchService/Work"
+DELIVERY_GRACE_S = 5.0  # for results, when running tasks have used up the grace
+GOODBYE_WITHIN_S = 2.0
+TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is killed and reported within the grace
+LATE_ROUND_S = 0.5
+MAX_UNTAKEN = 10_000  # a broker that takes no results gives no work
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """One moment of a pool. Counts; `waiting` and `in_children` are activations not finished."""
+
+    slots: int
+    warm_slots: int
+    failing_slots: int
+    connected_brokers: int
+    waiting: int
+    in_children: int
+    untaken_results: int
+    ended: int
+    crashes: int
+    timeouts: int
+    failed_starts: int
+    average_s: float | None
+    prefetch: int
+
+
+class Pool:
+    """Made by `run_pool`, which hands it out once the children are warm."""
+
+    def __init__(
+        self,
+        config: PoolSection,
+        name: str,
+        *,
+        spawner: Spawner,
+        connect: Connector,
+        rng: random.Random,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._pace = Pace()
+        self._backlog = Backlog(self._wake_slots, self._changed)
+        self._change = trio.Event()
+        self.slots = [
+            Slot(
+                number,
+                spawner,
+                self._backlog,
+                self._pace,
+                slots=config.slots,
+                max_tasks_per_child=config.max_tasks_per_child,
+                on_change=self._changed,
+                rng=rng,
+            )
+            for number in range(config.slots)
+        ]
+        identity = Identity(uuid.uuid4().hex, name, config.application, config.namespaces)
+        self.links = [
+            Link(
+                address,
+                identity,
+                self._backlog,
+                connect=connect,
+                credit_wanted=self._credit_wanted,
+                on_change=self._changed,
+                rng=rng,
+            )
+            for address in dict.fromkeys(config.brokers)
+        ]
+
+    def statistics(self) -> PoolStatistics:
+        return PoolStatistics(
+            slots=len(self.slots),
+            warm_slots=sum(slot.health == "warm" for slot in self.slots),
+            failing_slots=sum(slot.health == "failing" for slot in self.slots),
+            connected_brokers=sum(link.connected for link in self.links),
+            waiting=len(self._backlog),
+            in_children=sum(len(slot.jobs) for slot in self.slots),
+            untaken_results=self._backlog.untaken_count,
+            ended=sum(slot.ended_count for slot in self.slots),
+            crashes=sum(slot.crashes_count for slot in self.slots),
+            timeouts=sum(slot.timeouts_count for slot in self.slots),
+            failed_starts=sum(slot.failed_starts_count for slot in self.slots),
+            average_s=self._pace.average_s,
+            prefetch=self._prefetch(),
+        )
+
+    # ---- how much work to ask for
+
+    def _prefetch(self) -> int:
+        now = trio.current_time()
+        return self._pace.prefetch((slot.running_s(now) for slot in self.slots), self._config.max_prefetch)
+
+    def _credit_wanted(self, link: Link) -> int:
+        """Its share of what is free, less what its broker may send already; small change is left for later.
+
+        Shares are not cut by what other brokers have not sent: an idle broker would then keep slots
+        from a busy one. What comes too much waits, and is handed back when it waits long.
+        """
+        usable = sum(slot.health == "warm" for slot in self.slots)
+        if self._backlog.closed or not usable or self._backlog.untaken_count >= MAX_UNTAKEN:
+            return 0
+        sharing = max(sum(link.state == "working" for link in self.links), 1)
+        capacity = usable + self._prefetch()
+        free = capacity - self._backlog.jobs_count
+        more = -(-free // sharing) - link.credit
+        return more if more >= max(1, capacity // sharing // 4) else 0
+
+    # ---- events
+
+    def _wake_slots(self) -> None:
+        for slot in self.slots:
+            slot.wake()
+
+    def _changed(self) -> None:
+        self._change.set()
+        for link in self.links:
+            link.wake()
+
+    async def _until_change(self) -> None:
+        self._change = trio.Event()
+        await self._change.wait()
+
+    # ---- life
+
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Pool]) -> None:
+        async with trio.open_nursery() as nursery:
+            for slot in self.slots:
+                nursery.start_soon(slot.run)
+            warm = False
+            async with trio.open_nursery() as watching:
+                # Stopping is possible while children do not start.
+                watching.start_soon(_cancel_when, stop, watching.cancel_scope)
+                await self._until_warm()
+                warm = True
+                task_status.started(self)
+                for link in self.links:
+                    nursery.start_soon(link.run)
+                await self._hand_back_late()
+            if not warm:
+                task_status.started(self)
+            await self._drain()
+            nursery.cancel_scope.cancel()
+
+    async def _until_warm(self) -> None:
+        while any(slot.health != "warm" for slot in self.slots):
+            await self._until_change()
+        log.info("pool ready", pool=self.name, slots=len(self.slots))
+
+    async def _hand_back_late(self) -> None:
+        while True:
+            await trio.sleep(LATE_ROUND_S)
+            self._backlog.hand_back_late(trio.current_time())
+
+    async def _drain(self) -> None:
+        """Nothing new; hand back what waits, let run what runs, deliver what ended, as far as time allows."""
+        begin = trio.current_time()
+        self._backlog.close()
+        for slot in self.slots:
+            slot.recall()
+        grace_s = self._grace_s(begin)
+        log.info("draining", pool=self.name, running=self._backlog.jobs_count, grace_s=round(grace_s, 1))
+        with trio.move_on_at(begin + grace_s):
+            while self._backlog.jobs_count:
+                await self._until_change()
+        with trio.move_on_at(max(begin + grace_s, trio.current_time() + DELIVERY_GRACE_S)):
+            while not self._backlog.settled and any(link.account for link in self.links):
+                await self._until_change()
+        self._report_who_was_left()
+        for link in self.links:
+            link.close()
+        with trio.move_on_after(GOODBYE_WITHIN_S):
+            while any(link.connected for link in self.links):
+                await self._until_change()
+
+    def _grace_s(self, now: float) -> float:
+        if self._config.drain_grace_s is not None:
+            return self._config.drain_grace_s
+        longest_s = max((slot.remaining_s(now) for slot in self.slots), default=0.0)
+        return longest_s + TIMEOUT_MARGIN_S if longest_s else 0.0
+
+    def _report_who_was_left(self) -> None:
+        running = [job.lease.id for slot in self.slots for job in slot.jobs]
+        untaken = [lease.id for account in self._backlog.accounts.values() for lease in account.untaken]
+        if running or untaken:
+            log.warning("left behind", pool=self.name, killed=running, results_not_taken=untaken)
+        else:
+            log.info("drained", pool=self.name)
+
+
+async def run_pool(
+    config: PoolSection,
+    name: str,
+    *,
+    stop: trio.Event,
+    task_status: trio.TaskStatus[Pool] = trio.TASK_STATUS_IGNORED,
+    spawner: Spawner | None = None,
+    connect: Connector | None = None,
+    rng: random.Random | None = None,
+) -> None:
+    """Run one pool until `stop` is set and it has drained; started with the pool once its children are warm.
+
+    Cancelling ends it at once: children are killed, and the leases of what they ran end at the
+    brokers. `spawner` and `connect` are for tests; without, real processes and gRPC (inside
+    `aio.open_loop()`).
+    """
+    pool = Pool(
+        config,
+        name,
+        spawner=spawner or ProcessSpawner(),
+        connect=connect or open_work_stream,
+        rng=rng or random.Random(),
+    )
+    await pool.run(stop, task_status)
+
+
+@asynccontextmanager
+async def open_work_stream(address: str) -> AsyncIterator[ClientStream]:
+    """The stream of work from the broker at `address`. Raises PeerError."""
+    async with connect(address) as client, client.stream(WORK_PATH) as stream:
+        yield stream
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

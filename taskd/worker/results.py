@@ -1,0 +1,137 @@
+"""What this worker owes to each store: results until they were taken, and every lease it still has.
+
+One account per store id, whatever address the store answers at. Links send from it, slots write to it.
+Nothing here waits or sends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from taskd.wire.frames import HandBack, LeaseRef, Result, Results, Started, WorkerFrame
+
+MAX_RESULTS_PER_FRAME = 1_024
+MAX_RESULT_BYTES_PER_FRAME = 1_000_000
+REMEMBERED_HAND_BACKS = 1_024
+DEFAULT_DEADLINE_MS = 10_000  # of an activation that names none (contract: namespaces' default)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One assignment on its way through this worker. Times are Trio's clock, in seconds."""
+
+    account: Account
+    lease: LeaseRef
+    activation: bytes
+    deadline_s: float
+    expires_at: float | None
+    waiting_since: float
+
+
+@dataclass(eq=False, slots=True)
+class Account:
+    """Everything between this worker and one store.
+
+    `lease_until`: when the leases end unless the store hears from this worker; while connected,
+    every frame sent moves it.
+    """
+
+    store_id: str
+    lease_until: float = float("inf")
+    jobs: dict[LeaseRef, Job] = field(default_factory=dict)
+    untaken: dict[LeaseRef, Result] = field(default_factory=dict)
+    running: set[LeaseRef] = field(default_factory=set)
+    _started: dict[LeaseRef, None] = field(default_factory=dict)
+    _results: deque[Result] = field(default_factory=deque)
+    _back: dict[LeaseRef, None] = field(default_factory=dict)
+    _back_sent: deque[LeaseRef] = field(default_factory=lambda: deque(maxlen=REMEMBERED_HAND_BACKS))
+
+    # ---- what slots and the backlog tell
+
+    def accept(self, job: Job) -> bool:
+        """False for a lease that is here already."""
+        if job.lease in self.jobs or job.lease in self.untaken:
+            return False
+        self.jobs[job.lease] = job
+        return True
+
+    def start(self, job: Job) -> None:
+        self.running.add(job.lease)
+        self._started[job.lease] = None
+
+    def finish(self, job: Job, result: Result) -> None:
+        """Keep the result until the store has it. A start nobody was told of yet is implied by it."""
+        lease = job.lease
+        self.jobs.pop(lease, None)
+        self.running.discard(lease)
+        self._started.pop(lease, None)
+        self.untaken[lease] = result
+        self._results.append(result)
+
+    def crash(self, job: Job, result: Result) -> None:
+        """As `finish`, but the start is told too: the broker judges crashes by the starts it counted."""
+        told = job.lease not in self._started and job.lease in self.running
+        self.finish(job, result)
+        if not told:
+            self._started[job.lease] = None
+
+    def hand_back(self, job: Job) -> None:
+        """Not started here, and not going to be."""
+        self.jobs.pop(job.lease, None)
+        self._back[job.lease] = None
+
+    def drop(self, job: Job) -> None:
+        """Its lease is over: the store does not expect to hear of it."""
+        self.jobs.pop(job.lease, None)
+
+    # ---- what links do
+
+    @property
+    def holding(self) -> tuple[LeaseRef, ...]:
+        return (*self.jobs, *self.untaken, *self._back)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._results or self._started or self._back)
+
+    @property
+    def settled(self) -> bool:
+        return not (self.untaken or self.has_news)
+
+    def taken(self, leases: Iterable[LeaseRef]) -> None:
+        for lease in leases:
+            self.untaken.pop(lease, None)
+
+    def connection_lost(self) -> None:
+        """What was sent may not have arrived: be ready to tell all of it again."""
+        for lease in self._back_sent:
+            self._back.setdefault(lease, None)
+        self._back_sent.clear()
+        for lease in self.running:
+            self._started.setdefault(lease, None)
+        self._results = deque(self.untaken.values())
+
+    def news(self) -> list[WorkerFrame]:
+        """Everything there is to tell, as frames in the order they must be sent; it counts as sent."""
+        frames: list[WorkerFrame] = []
+        if self._started:
+            frames.append(Started(tuple(self._started)))
+            self._started.clear()
+        while self._results:
+            frames.append(Results(self._batch()))
+        if self._back:
+            frames.append(HandBack(tuple(self._back)))
+            self._back_sent.extend(self._back)
+            self._back.clear()
+        return frames
+
+    def _batch(self) -> tuple[Result, ...]:
+        batch: list[Result] = []
+        size = 0
+        while self._results and len(batch) < MAX_RESULTS_PER_FRAME and size < MAX_RESULT_BYTES_PER_FRAME:
+            result = self._results.popleft()
+            size += 100 + len(result.error)
+            batch.append(result)
+        return tuple(batch)
