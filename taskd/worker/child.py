@@ -11,7 +11,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Protocol
@@ -19,7 +18,7 @@ from typing import Protocol
 import trio
 
 from taskd.errors import StartupError, TaskdError
-from taskd.worker import pipe
+from taskd.worker import entry_pipe as pipe
 
 READ_BYTES = 65_536
 EXIT_WITHIN_S = 2.0  # for an idle child that was told to go: its atexit handlers run
@@ -179,7 +178,7 @@ class ProcessChild:
 
     async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
         frames = b"".join(
-            pipe.encode_work(pipe.Work(activation, _deadline_ns(start_within_s)))
+            pipe.encode_work(pipe.Work(activation, pipe.start_by_ns(start_within_s)))
             for activation, start_within_s in work
         )
         # Tokens first: a child that waits for a token would never read a frame that fills the pipe.
@@ -272,10 +271,6 @@ def _pidfd(process: subprocess.Popen[bytes]) -> int:
         process.kill()
         process.wait()
         raise
-
-
-def _deadline_ns(start_within_s: float | None) -> int | None:
-    return None if start_within_s is None else time.monotonic_ns() + int(start_within_s * 1e9)
 
 
 def _signal_name(number: int) -> str:

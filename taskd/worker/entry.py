@@ -28,7 +28,7 @@ from taskd.tasks.task import AnyTask
 from taskd.wire import parameters
 from taskd.wire.envelope import CallBody, scan_call
 from taskd.wire.frames import ResultStatus
-from taskd.worker import pipe
+from taskd.worker import entry_pipe as pipe
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 65_536
@@ -166,7 +166,7 @@ def _serve(pipes: Pipes) -> None:
 
 def _run(pipes: Pipes, number: int, work: pipe.Work) -> None:
     """One activation. Nothing a task raises gets out of here."""
-    if work.start_by_ns is not None and time.monotonic_ns() >= work.start_by_ns:
+    if pipe.is_too_late(work):
         pipes.report(pipe.Expired(number))
         return
     try:

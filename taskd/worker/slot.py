@@ -17,7 +17,7 @@ import trio
 from taskd.errors import StartupError
 from taskd.telemetry import metrics
 from taskd.wire.frames import Result, ResultStatus
-from taskd.worker import pipe
+from taskd.worker import entry_pipe as pipe
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import Child, ChildGone, Spawner
 from taskd.worker.pace import Pace

@@ -13,6 +13,7 @@ written; reports name it by that number.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -125,6 +126,15 @@ def _parts(frame: bytes) -> list[Any]:
     if not isinstance(parts, list) or not parts:
         raise ProtocolViolation("a frame that is not an array")
     return parts
+
+
+def start_by_ns(start_within_s: float | None) -> int | None:
+    """A duration from now as a reading of the monotonic clock, which ages while a frame waits in a pipe."""
+    return None if start_within_s is None else time.monotonic_ns() + int(start_within_s * 1e9)
+
+
+def is_too_late(work: Work) -> bool:
+    return work.start_by_ns is not None and time.monotonic_ns() >= work.start_by_ns
 
 
 def encode_work(work: Work) -> bytes:
