@@ -1,0 +1,77 @@
+"""What the schema looks like from outside: which key is a section, a list, a scalar."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from taskd.config.schema import Section
+
+
+def keys_of(model: type[Section], path: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The keys that the section at `path` knows; none when there is no section."""
+    section = _section(_annotation(model, path))
+    return tuple(section.model_fields) if section else ()
+
+
+def is_section(model: type[Section], path: tuple[int | str, ...]) -> bool:
+    annotation = _annotation(model, path)
+    return _section(annotation) is not None or typing.get_origin(annotation) is dict
+
+
+def is_sequence(model: type[Section], path: tuple[int | str, ...]) -> bool:
+    return typing.get_origin(_annotation(model, path)) in (tuple, list)
+
+
+def without_empty_sections(model: type[Section], tree: Mapping[str, object]) -> dict[str, object]:
+    """A copy in which a section whose every line is commented out (YAML reads it as null) is empty."""
+    return {key: _filled(model, (key,), value) for key, value in tree.items()}
+
+
+def remove(tree: dict[str, object], path: tuple[int | str, ...]) -> None:
+    """Take out the value at `path`, if it is there."""
+    into: Any = tree
+    for key in path[:-1]:
+        into = into.get(key) if isinstance(into, dict) else None
+    if isinstance(into, dict):
+        into.pop(path[-1], None)
+
+
+def _filled(model: type[Section], path: tuple[str, ...], value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _filled(model, (*path, key), below) for key, below in value.items()}
+    # A whole mapping of sections (`pools:`) that is empty is an error worth hearing of.
+    if value is None and _section(_annotation(model, path)) is not None:
+        return {}
+    return value
+
+
+def _annotation(model: type[Section], path: tuple[int | str, ...]) -> Any:
+    annotation: Any = model
+    for key in path:
+        section = _section(annotation)
+        if section is not None:
+            known = section.model_fields.get(str(key))
+            annotation = _bare(known.annotation) if known else None
+        elif typing.get_origin(annotation) is dict:
+            annotation = _bare(typing.get_args(annotation)[1])
+        else:
+            return None
+    return annotation
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    is_one = isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation if is_one else None
+
+
+def _bare(annotation: Any) -> Any:
+    """Without Annotated and without `| None`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _bare(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        kept = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return _bare(kept[0]) if len(kept) == 1 else annotation
+    return annotation
