@@ -26,8 +26,8 @@ EX_UNAVAILABLE, EX_TEMPFAIL = 69, 75
 async def serve_http(
     host: str,
     port: int,
-    *,
     health: HealthSource,
+    *,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; `task_status.started` gets the bound port once connections are taken.

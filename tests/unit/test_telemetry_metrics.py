@@ -19,6 +19,7 @@ NAMES = {
     "taskd_log_lag_records": ("topic", "partition"),
     "taskd_received_to_finished_seconds": (),
     "taskd_received_to_started_seconds": (),
+    "taskd_received_to_stored_seconds": (),
     "taskd_results_total": ("via", "status"),
     "taskd_retries_published_total": (),
     "taskd_store_rows": ("application", "namespace", "status"),
