@@ -68,9 +68,6 @@ connected_workers = _gauge("taskd_connected_workers", "Workers with an open stre
 received_to_stored_seconds = _histogram(
     "taskd_received_to_stored_seconds", "From received_at to the row in the store", _WAIT_S
 )
-received_to_stored_seconds = _histogram(
-    "taskd_received_to_stored_seconds", "From received_at to durable in the store", _WAIT_S
-)
 received_to_started_seconds = _histogram(
     "taskd_received_to_started_seconds", "From received_at to the first start", _WAIT_S
 )
