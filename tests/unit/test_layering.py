@@ -83,12 +83,20 @@ def imports(tree: ast.AST, late: bool = False) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute"
             # `from taskd import log` names a folder of ours in the second half
-            named = [f"taskd.{alias.name}" for alias in node.names]
-            modules = named if node.module == "taskd" else [node.module or ""]
-            yield from (Import(module, node.lineno, late) for module in modules)
+            modules = {imported_module(node.module or "", alias.name) for alias in node.names}
+            yield from (Import(module, node.lineno, late) for module in sorted(modules))
         else:
             inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             yield from imports(node, late or inside)
+
+
+def imported_module(source: str, name: str) -> str:
+    """What `from source import name` loads: in the case of a folder, the module in it."""
+    folder = ROOT.parent.joinpath(*source.split("."))
+    of_ours = source.split(".")[0] == "taskd" and folder.is_dir()
+    if source == "taskd" or (of_ours and ((folder / name).is_dir() or (folder / f"{name}.py").exists())):
+        return f"{source}.{name}"
+    return source
 
 
 def unit(path: str) -> str:
@@ -165,6 +173,7 @@ def test_time_and_randomness_are_arguments(path: str) -> None:
         ("log/embedded.py", "import aiokafka"),
         ("wire/envelope.py", "from taskd import tasks"),
         ("worker/entry.py", "from taskd.wire.generated.taskd import v1"),
+        ("worker/entry.py", "from taskd.wire import generated"),
         ("worker/entry.py", "from taskd.telemetry import logs"),
         ("daemon/broker.py", "import asyncio"),
         ("__init__.py", "import taskd.producer"),
@@ -182,6 +191,7 @@ def test_the_rule_catches(path: str, source: str) -> None:
         ("__init__.py", "def configure():\n    from taskd.producer import outbox"),
         ("database.py", "from taskd.groupcommit import Write"),
         ("cli/main.py", "from taskd.daemon import broker"),
+        ("worker/entry.py", "from taskd.wire import envelope\nfrom taskd.wire.frames import Started"),
     ],
 )
 def test_the_rule_lets_pass(path: str, source: str) -> None:
