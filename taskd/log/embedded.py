@@ -21,14 +21,14 @@ import structlog
 import trio
 
 from taskd.clock import Clock, Now
-from taskd.database import apply_in_one_transaction, hold_lock, open_database
+from taskd.database import apply_in_one_transaction, hold_lock
 from taskd.errors import StartupError, StoreError
 from taskd.groupcommit import Committer, Write, open_group_commit
 from taskd.log.base import Outgoing, Partition, Record
 from taskd.log.limits import MAX_RECORD_BYTES
 from taskd.log.local import REVOKE_WITHIN_S, LocalLog
 from taskd.log.stretch import Stretch
-from taskd.log.tables import Tables, prepare
+from taskd.log.tables import Tables
 
 RECENT_MAX_BYTES = 64_000_000  # of all partitions together
 TRIM_EVERY_MS = 10_000
@@ -62,13 +62,13 @@ async def open_embedded(
         if lock:
             stack.enter_context(hold_lock(data_dir / "broker.lock"))
         path = data_dir / "log.sqlite"
-        writing = open_database(path)
-        stack.callback(writing.close)
+        writing = Tables(path)
+        stack.callback(writing.db.close)
         try:
-            prepare(writing, path)
-            reading = open_database(path)
-            stack.callback(reading.close)
-            storage = _SqliteStorage(Tables(writing), Tables(reading), clock, retention_s)
+            writing.prepare()
+            reading = Tables(path)
+            stack.callback(reading.db.close)
+            storage = _SqliteStorage(writing, reading, clock, retention_s)
         except apsw.Error as error:
             raise StartupError(
                 f"cannot read the log {path}: {error}. Free the disk, or restore the file.", exit_code=73
@@ -171,7 +171,7 @@ class _SqliteStorage:
 
     # In the Trio thread.
 
-    def publish(self, _batch_size: int) -> None:
+    def publish(self, _size: int = 0, _seconds: float = 0) -> None:
         """Make what was committed readable, in the order of the offsets; called before appends return."""
         touched: set[Partition] = set()
         while self._durable:

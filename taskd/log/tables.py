@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import apsw
 import msgpack  # type: ignore[import-untyped]  # ships no type information
 
+from taskd.database import open_database
 from taskd.errors import StartupError
 from taskd.log.base import Headers, Partition, Record
 
@@ -47,24 +47,25 @@ PRAGMA user_version = {VERSION};
 """
 
 
-def prepare(db: apsw.Connection, path: Path) -> None:
-    """Create the schema in a new file. Raises StartupError (exit 73) when a newer taskd wrote the file."""
-    version = db.pragma("user_version")
-    if version == 0:
-        db.execute(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-    elif version != VERSION:
-        raise StartupError(
-            f"the log {path} has schema version {version}, this taskd knows versions up to {VERSION}. "
-            "Start the newer taskd that wrote it, or give this one a data_dir of its own.",
-            exit_code=73,
-        )
-
-
 class Tables:
-    """The statements, on one connection. apsw.Error passes through."""
+    """The statements, on one connection of their own. apsw's errors pass through."""
 
-    def __init__(self, db: apsw.Connection) -> None:
-        self.db = db
+    def __init__(self, path: Path) -> None:
+        """Raises StartupError (exit 73) when the folder or file cannot be written."""
+        self.path = path
+        self.db = open_database(path)
+
+    def prepare(self) -> None:
+        """Create the schema in a new file. Raises StartupError (exit 73) when a newer taskd wrote it."""
+        version = self.db.pragma("user_version")
+        if version == 0:
+            self.db.execute(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        elif version != VERSION:
+            raise StartupError(
+                f"the log {self.path} has schema version {version}, this taskd knows up to {VERSION}. "
+                "Start the newer taskd that wrote it, or give this one a data_dir of its own.",
+                exit_code=73,
+            )
 
     def partitions(self) -> Iterator[tuple[Partition, int, int, int]]:
         """Every partition with its id, first offset and end."""
