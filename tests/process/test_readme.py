@@ -66,6 +66,13 @@ def test_links_lead_somewhere() -> None:
                 assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: {link}"
 
 
+def test_files_named_in_the_guides_exist() -> None:
+    for page in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in re.findall(r"(?:taskd|tests|conf|plugins)/[\w./-]*\w", text):
+            assert (ROOT / name).exists(), f"{page} names {name}"
+
+
 def test_the_tutorial(fresh_environment: Environment, tmp_path: Path) -> None:
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
