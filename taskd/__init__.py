@@ -60,7 +60,7 @@ def configure(
 def _open_outbox(settings: dict[str, str | float | None]) -> _outbox.Outbox:
     # The one late import: the producer loads Trio and the clients of gRPC and Kafka, which whoever
     # only registers tasks, or imports them to run them, must not pay for.
-    from taskd.producer.sync import open_outbox
+    from taskd.producer.outbox import open_outbox
 
     return open_outbox(settings)
 
