@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from types import CoroutineType, TracebackType
 
+import taskd.worker.entry_pipe as pipe
 from taskd.activation.retry import Decision, Raised, Retry, TimedOut, decide
 from taskd.errors import Undecodable, UnknownTask
 from taskd.tasks import internal, registry
@@ -28,7 +29,6 @@ from taskd.tasks.task import AnyTask
 from taskd.wire import parameters
 from taskd.wire.envelope import CallBody, scan_call
 from taskd.wire.frames import ResultStatus
-from taskd.worker import entry_pipe as pipe
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 65_536

@@ -69,6 +69,7 @@ class Slot:
 
     def _reset(self) -> None:
         self._child: Child | None = None
+        self._due = trio.CancelScope()  # its deadline: when to look after the child though it is silent
         self._sent = 0  # the number of the newest piece of work
         self._inside: dict[int, Job] = {}  # in the child, by number
         self._running: int | None = None
@@ -173,6 +174,7 @@ class Slot:
             for job in jobs:
                 self._sent += 1
                 self._inside[self._sent] = job
+            self._due.deadline = self._check_at()
             await child.send(
                 [(job.activation, None if job.expires_at is None else job.expires_at - now) for job in jobs]
             )
@@ -180,6 +182,7 @@ class Slot:
             self._wake = trio.Event()
             await self._wake.wait()
         self._retiring, self._since = True, trio.current_time()
+        self._due.deadline = self._check_at()
         child.dismiss()
 
     def _next_jobs(self) -> list[Job]:
@@ -200,7 +203,8 @@ class Slot:
     async def _follow(self, child: Child) -> str:
         """Handle what the child reports until it ended; how it ended is returned."""
         while True:
-            with trio.CancelScope(deadline=self._check_at()) as due:
+            self._due = trio.CancelScope(deadline=self._check_at())
+            with self._due as due:
                 try:
                     reports = await child.receive()
                 except ChildGone as error:

@@ -1,0 +1,637 @@
+"""A pool in virtual time: scripted brokers on in-memory streams, scripted children."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+import taskd.worker.entry_pipe as pipe
+from taskd.config.schema import PoolSection
+from taskd.errors import PeerUnavailable, StartupError
+from taskd.wire import frames
+from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
+from taskd.worker.child import Child, ChildGone
+from taskd.worker.pool import Pool, run_pool
+
+COMPLETE = pipe.Verdict(int(ResultStatus.COMPLETE))
+RETRY_ON_TIMEOUT = pipe.Verdict(int(ResultStatus.RETRY), "timeout", "", 4, 7)
+
+
+# ---- children: an activation is what its task does, as text: "SECONDS [end]"
+
+
+class ScriptedChild:
+    """Runs b"1.5" in 1.5 seconds, crashes for b"1.5 crash", speaks nonsense for b"0 junk"."""
+
+    ready = pipe.Ready(("tests:any",))
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.killed = False
+        self.started: list[bytes] = []
+        self._tokens: list[tuple[int, bytes, float | None]] = []
+        self._count = 0
+        self._arrived = trio.Event()
+        self._dismissed = False
+        self._out, self._in = trio.open_memory_channel[pipe.Report](1_000)
+
+    async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
+        await trio.lowlevel.checkpoint()
+        for activation, within_s in work:
+            self._count += 1
+            deadline = None if within_s is None else trio.current_time() + within_s
+            self._tokens.append((self._count, activation, deadline))
+        self._arrived.set()
+
+    async def receive(self) -> list[pipe.Report]:
+        try:
+            reports = [await self._in.receive()]
+        except trio.EndOfChannel:
+            raise ChildGone(f"child {self.pid} ended") from None
+        while True:
+            try:
+                reports.append(self._in.receive_nowait())
+            except (trio.WouldBlock, trio.EndOfChannel):
+                break
+        for report in reports:
+            if isinstance(report, pipe.Ready):
+                raise pipe.ProtocolViolation("junk")
+        return reports
+
+    def take_back(self) -> int:
+        taken = len(self._tokens)
+        self._tokens.clear()
+        return taken
+
+    def dismiss(self) -> None:
+        self._dismissed = True
+        self._arrived.set()
+
+    def kill(self) -> None:
+        self.killed = True
+        self._out.close()
+
+    async def run(self) -> None:
+        while not self.killed:
+            if self._tokens:
+                await self._run(*self._tokens.pop(0))
+            elif self._dismissed:
+                break
+            else:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+        self._out.close()
+
+    async def _run(self, number: int, activation: bytes, deadline: float | None) -> None:
+        seconds, _, how = activation.decode().partition(" ")
+        if deadline is not None and trio.current_time() >= deadline:
+            return self._tell(pipe.Expired(number))
+        if how == "hangs":
+            await trio.sleep_forever()
+        self.started.append(activation)
+        self._tell(pipe.Started(number, RETRY_ON_TIMEOUT))
+        await trio.sleep(float(seconds))
+        if how == "crash":
+            self.killed = True
+        elif how == "junk":
+            self._tell(pipe.Ready(()))
+        else:
+            self._tell(pipe.Done(number, COMPLETE, int(float(seconds) * 1e6)))
+        return None
+
+    def _tell(self, report: pipe.Report) -> None:
+        if not self.killed:
+            self._out.send_nowait(report)
+
+
+@dataclass
+class ScriptedSpawner:
+    failures: int = 0
+    children: list[ScriptedChild] = field(default_factory=list)
+    open_count: int = 0
+    attempts: int = 0
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Child]:
+        self.attempts += 1
+        if self.failures:
+            self.failures -= 1
+            raise StartupError("no such interpreter")
+        child = ScriptedChild(1000 + len(self.children))
+        self.children.append(child)
+        self.open_count += 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child.run)
+            try:
+                yield child
+            finally:
+                self.open_count -= 1
+                child.kill()
+                nursery.cancel_scope.cancel()
+
+    @property
+    def started(self) -> list[bytes]:
+        return [activation for child in self.children for activation in child.started]
+
+
+# ---- brokers
+
+
+class Connection:
+    """The broker's end of one stream; `ended` once either side gave it up."""
+
+    def __init__(self) -> None:
+        self.to_worker, self.at_worker = trio.open_memory_channel[bytes](1_000)
+        self.frames: list[frames.WorkerFrame] = []
+        self.ended = False
+        self.finished = False
+        self._news = trio.Event()
+
+    # the worker's face
+
+    async def send(self, body: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.ended:
+            raise PeerUnavailable
+        self.frames.append(frames.decode_worker_frame(body))
+        self._news.set()
+
+    async def receive(self) -> bytes | None:
+        try:
+            return await self.at_worker.receive()
+        except trio.EndOfChannel:
+            if self.finished:
+                return None
+            raise PeerUnavailable from None
+
+    async def finish(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.finished = True
+        self._news.set()
+        self.to_worker.close()
+
+    # the test's face
+
+    def tell(self, *said: frames.BrokerFrame) -> None:
+        for frame in said:
+            self.to_worker.send_nowait(frames.encode_broker_frame(frame))
+
+    def cut(self) -> None:
+        self.ended = True
+        self.to_worker.close()
+
+    async def until(self, condition: Callable[[], bool], within_s: float = 600) -> None:
+        with trio.fail_after(within_s):
+            while not condition():
+                self._news = trio.Event()
+                await self._news.wait()
+
+    def said(self, kind: type[frames.WorkerFrame]) -> list[frames.WorkerFrame]:
+        return [frame for frame in self.frames if isinstance(frame, kind)]
+
+    @property
+    def hello(self) -> frames.Hello:
+        assert isinstance(self.frames[0], frames.Hello)
+        return self.frames[0]
+
+    @property
+    def credit(self) -> int:
+        return sum(frame.more for frame in self.frames if isinstance(frame, frames.Credit))
+
+    @property
+    def results(self) -> list[Result]:
+        return [result for f in self.frames if isinstance(f, frames.Results) for result in f.results]
+
+    @property
+    def started(self) -> list[LeaseRef]:
+        return [lease for f in self.frames if isinstance(f, frames.Started) for lease in f.leases]
+
+    @property
+    def back(self) -> list[LeaseRef]:
+        return [lease for f in self.frames if isinstance(f, frames.HandBack) for lease in f.leases]
+
+    def take_all(self) -> None:
+        self.tell(frames.Taken(tuple(result.lease for result in self.results)))
+
+
+class Network:
+    """Addresses, and who connects to them."""
+
+    def __init__(self) -> None:
+        self.refuses: set[str] = set()
+        self.attempts = 0
+        self._calls: dict[
+            str, tuple[trio.MemorySendChannel[Connection], trio.MemoryReceiveChannel[Connection]]
+        ]
+        self._calls = {}
+
+    def _at(
+        self, address: str
+    ) -> tuple[trio.MemorySendChannel[Connection], trio.MemoryReceiveChannel[Connection]]:
+        return self._calls.setdefault(address, trio.open_memory_channel[Connection](100))
+
+    @asynccontextmanager
+    async def connect(self, address: str) -> AsyncIterator[Connection]:
+        self.attempts += 1
+        if address in self.refuses:
+            raise PeerUnavailable
+        connection = Connection()
+        await self._at(address)[0].send(connection)
+        try:
+            yield connection
+        finally:
+            connection.ended = True
+
+    async def accept(
+        self, store_id: str = "store", address: str = "b:1", lease_ms: int = 30_000
+    ) -> Connection:
+        with trio.fail_after(600):
+            connection = await self._at(address)[1].receive()
+        await connection.until(lambda: bool(connection.frames))
+        connection.tell(frames.Welcome(1, store_id, lease_ms))
+        return connection
+
+
+def work(
+    *ids: str, task: str = "1", deadline_s: float = 10, expires_in_ms: int | None = None
+) -> frames.Assignments:
+    return frames.Assignments(
+        tuple(Assignment(id_, 1, task.encode(), int(deadline_s * 1000), expires_in_ms) for id_ in ids)
+    )
+
+
+@dataclass
+class Running:
+    network: Network
+    spawner: ScriptedSpawner
+    stop: trio.Event
+    ended: trio.Event
+    pool: Pool
+
+
+@asynccontextmanager
+async def running(
+    *,
+    spawner: ScriptedSpawner | None = None,
+    brokers: tuple[str, ...] = ("b:1",),
+    slots: int = 2,
+    max_tasks_per_child: int = 10_000,
+    drain_grace_s: float | None = None,
+) -> AsyncIterator[Running]:
+    config = PoolSection(
+        brokers=brokers, slots=slots, max_tasks_per_child=max_tasks_per_child, drain_grace_s=drain_grace_s
+    )
+    spawner = spawner or ScriptedSpawner()
+    network, stop, ended = Network(), trio.Event(), trio.Event()
+
+    async def run(task_status: trio.TaskStatus[Pool]) -> None:
+        await run_pool(
+            config,
+            "default",
+            stop=stop,
+            task_status=task_status,
+            spawner=spawner,
+            connect=network.connect,
+            rng=random.Random(1),
+        )
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        pool = await nursery.start(run)
+        yield Running(network, spawner, stop, ended, pool)
+        nursery.cancel_scope.cancel()
+    assert spawner.open_count == 0
+
+
+async def test_work_is_asked_for_by_free_slots_and_results_come_back(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        await broker.until(lambda: broker.credit == 2)
+        assert broker.hello.pool == "default"
+        assert (broker.hello.version_min, broker.hello.version_max) == (1, 1)
+        assert broker.hello.worker_id
+        assert broker.hello.store_id == ""
+        broker.tell(work("a", "b"))
+        await broker.until(lambda: len(broker.results) == 2)
+        assert {result.status for result in broker.results} == {ResultStatus.COMPLETE}
+        assert set(broker.started) == {LeaseRef("a", 1), LeaseRef("b", 1)}
+        assert it.pool.statistics().untaken_results == 2
+        broker.take_all()
+        await broker.until(lambda: broker.credit == 4)
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.pool.statistics().untaken_results == 0
+
+
+async def test_quick_tasks_are_fetched_ahead_and_slow_ones_are_not(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        for number in range(40):
+            broker.tell(work(f"q{number}", task="0.0001"))
+            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+            broker.take_all()
+        assert it.pool.statistics().prefetch == 256
+        broker.tell(work("slow", task="8"))
+        await broker.until(lambda: len(broker.results) == 41)
+        assert it.pool.statistics().prefetch == 0
+
+
+async def test_many_tasks_all_end_once(autojump_clock: MockClock) -> None:
+    ids = [str(number) for number in range(600)]
+    async with running() as it:
+        broker = await it.network.accept()
+        sent = 0
+        while sent < len(ids):
+            await broker.until(lambda: broker.credit > sent)  # noqa: B023  # awaited before it changes
+            batch = ids[sent : broker.credit]
+            broker.tell(work(*batch, task="0.001"))
+            sent += len(batch)
+        await broker.until(lambda: len(broker.results) == len(ids))
+        assert sorted(result.id for result in broker.results) == sorted(ids)
+        assert len(it.spawner.started) == len(ids)
+
+
+async def test_what_waits_behind_slow_tasks_is_handed_back_unstarted(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        begin = trio.current_time()
+        broker.tell(work("a", "b", "c", "d", task="9"))
+        await broker.until(lambda: len(broker.back) == 2)
+        assert set(broker.back) == {LeaseRef("c", 1), LeaseRef("d", 1)}
+        assert 2 <= trio.current_time() - begin <= 3
+        assert set(broker.started) == {LeaseRef("a", 1), LeaseRef("b", 1)}
+        await broker.until(lambda: len(broker.results) == 2)
+        assert it.spawner.started == [b"9", b"9"]
+
+
+async def test_work_behind_a_slow_task_in_a_child_runs_elsewhere(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        for number in range(40):  # teach it that tasks are quick, so that children are fed ahead
+            broker.tell(work(f"q{number}", task="0.0001"))
+            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+        broker.take_all()
+        begin = trio.current_time()
+        slow = Assignment("slow", 1, b"9", 10_000)
+        quick = [Assignment(f"r{number}", 1, b"0.0001", 10_000) for number in range(60)]
+        broker.tell(frames.Assignments((slow, *quick)))
+        await broker.until(lambda: len(broker.results) == 100)
+        assert trio.current_time() - begin < 1
+        assert not broker.back
+        await broker.until(lambda: len(broker.results) == 101)
+
+
+async def test_expired_before_start_is_handed_back(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a"), work("late", expires_in_ms=500), work("b"))
+        await broker.until(lambda: len(broker.results) == 2)
+        assert broker.back == [LeaseRef("late", 1)]
+        assert [result.id for result in broker.results] == ["a", "b"]
+
+
+async def test_deadline_kills_and_reports_what_the_task_s_policy_says(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="50", deadline_s=3))
+        await broker.until(lambda: bool(broker.results))
+        (result,) = broker.results
+        assert result.status is ResultStatus.RETRY
+        assert (result.reason, result.max_attempts, result.delay_on_retry_s) == ("timeout", 4, 7)
+        assert "3 s" in result.error
+        assert it.spawner.children[0].killed
+        broker.tell(work("b"))
+        await broker.until(lambda: len(broker.results) == 2)
+        assert it.pool.statistics().timeouts == 1
+
+
+@pytest.mark.parametrize("how", ["crash", "junk"])
+async def test_a_crash_or_junk_costs_one_child(autojump_clock: MockClock, how: str) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task=f"1 {how}"), work("b"))
+        await broker.until(lambda: len(broker.results) == 2)
+        assert [result.status for result in broker.results] == [ResultStatus.CRASHED, ResultStatus.COMPLETE]
+        assert broker.started[0] == LeaseRef("a", 1)
+        assert len(it.spawner.children) == 2
+
+
+async def test_a_child_that_hangs_before_start_is_replaced(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="1 hangs"))
+        await broker.until(lambda: bool(broker.results))
+        assert broker.results[0].status is ResultStatus.CRASHED
+        assert broker.started == [LeaseRef("a", 1)], "the broker counts crashes by starts"
+
+
+async def test_children_are_replaced_after_their_share_of_tasks(autojump_clock: MockClock) -> None:
+    async with running(slots=1, max_tasks_per_child=2) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", "b", "c", task="0.1"))
+        await broker.until(lambda: len(broker.results) == 3)
+        assert [len(child.started) for child in it.spawner.children] == [2, 1]
+        assert it.pool.statistics().crashes == 0
+
+
+async def test_children_that_do_not_start_are_tried_again_slowly(autojump_clock: MockClock) -> None:
+    spawner = ScriptedSpawner(failures=5)
+    begin = trio.current_time()
+    async with running(spawner=spawner, slots=1) as it:
+        assert trio.current_time() - begin > 5
+        assert it.pool.statistics().failed_starts == 5
+        assert spawner.attempts == 6
+
+
+async def test_stopping_does_not_wait_for_children_that_never_start(autojump_clock: MockClock) -> None:
+    stop = trio.Event()
+    spawner = ScriptedSpawner(failures=1_000_000)
+
+    async def stop_soon() -> None:
+        await trio.sleep(5)
+        stop.set()
+
+    with trio.fail_after(15):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_soon)
+            await run_pool(PoolSection(), "default", stop=stop, spawner=spawner, connect=Network().connect)
+
+
+async def test_results_are_sent_again_until_taken(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        first = await it.network.accept()
+        first.tell(work("a", "b", task="1"), work("c", "d", task="0.1"))
+        await trio.sleep(0.01)
+        first.cut()  # all of it is still with the worker
+        second = await it.network.accept()
+        assert second.hello.store_id == "store"
+        assert second.hello.worker_id == first.hello.worker_id
+        assert {lease.id for lease in second.hello.holding} == {"a", "b", "c", "d"}
+        await second.until(lambda: len(second.results) == 4)
+        assert LeaseRef("a", 1) in second.started, "the first connection may have lost it"
+        second.cut()
+        third = await it.network.accept()
+        await third.until(lambda: len(third.results) == 4)
+        assert {lease.id for lease in third.hello.holding} == {"a", "b", "c", "d"}
+        third.take_all()
+        await trio.sleep(1)
+        third.cut()
+        fourth = await it.network.accept()
+        await trio.sleep(1)
+        assert fourth.hello.holding == ()
+        assert not fourth.results
+        assert len(it.spawner.started) == 4
+
+
+async def test_another_store_at_the_address_gets_nothing_of_the_old_one(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        first = await it.network.accept("old")
+        first.tell(work("a", task="1"))
+        await first.until(lambda: bool(first.started))
+        first.cut()
+        other = await it.network.accept("new")
+        await trio.sleep(5)
+        assert not other.results
+        assert not other.started
+        other.tell(work("z"))
+        await other.until(lambda: bool(other.results))
+        assert [result.id for result in other.results] == ["z"]
+        other.cut()
+        back = await it.network.accept("old")
+        await back.until(lambda: bool(back.results))
+        assert [result.id for result in back.results] == ["a"]
+
+
+async def test_work_whose_lease_ended_while_disconnected_is_not_started(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept(lease_ms=1_500)
+        broker.tell(work("a", task="5"), work("b"))
+        await broker.until(lambda: bool(broker.started))
+        it.network.refuses.add("b:1")
+        broker.cut()
+        await trio.sleep(20)
+        assert it.spawner.started == [b"5"]
+        it.network.refuses.clear()
+        again = await it.network.accept()
+        assert [lease.id for lease in again.hello.holding] == ["a"]
+        await again.until(lambda: bool(again.results))
+
+
+async def test_an_unreachable_broker_costs_nothing_but_its_own_work(autojump_clock: MockClock) -> None:
+    async with running(brokers=("b:1", "gone:1")) as it:
+        it.network.refuses.add("gone:1")
+        broker = await it.network.accept()
+        for number in range(5):
+            broker.tell(work(str(number)))
+            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+        attempts = it.network.attempts
+        await trio.sleep(100)
+        assert it.network.attempts - attempts < 30, "reconnecting backs off"
+        assert it.pool.statistics().connected_brokers == 1
+
+
+async def test_two_brokers_share_the_slots(autojump_clock: MockClock) -> None:
+    async with running(brokers=("b:1", "c:1"), slots=4) as it:
+        one, two = await it.network.accept("s1", "b:1"), await it.network.accept("s2", "c:1")
+        await trio.sleep(0.1)
+        one.tell(work("a"))
+        two.tell(work("b"))
+        await one.until(lambda: bool(one.results))
+        await two.until(lambda: bool(two.results))
+        assert [result.id for result in one.results] == ["a"]
+        assert [result.id for result in two.results] == ["b"]
+
+
+async def test_leases_are_kept_alive_while_nothing_else_is_said(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept(lease_ms=8_000)
+        broker.tell(work("a", task="60", deadline_s=100))
+        await trio.sleep(41)
+        assert 19 <= len(broker.said(frames.Heartbeat)) <= 21
+
+
+async def test_a_draining_broker_is_asked_for_nothing(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        await broker.until(lambda: broker.credit == 2)
+        broker.tell(work("a"), frames.Draining())
+        await broker.until(lambda: bool(broker.results))
+        broker.take_all()
+        await trio.sleep(1)
+        assert broker.credit == 2
+
+
+async def test_stop_hands_back_finishes_reports_and_leaves(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", "b", task="5"), work("c"))
+        await broker.until(lambda: len(broker.started) == 2)
+        begin = trio.current_time()
+        it.stop.set()
+        await broker.until(lambda: bool(broker.back))
+        assert broker.back == [LeaseRef("c", 1)]
+        broker.tell(work("crossed"))
+        await broker.until(lambda: len(broker.back) == 2)
+        await broker.until(lambda: len(broker.results) == 2)
+        assert not it.ended.is_set(), "the results are not taken yet"
+        broker.take_all()
+        await it.ended.wait()
+        assert broker.finished
+        assert trio.current_time() - begin < 6
+        assert {result.status for result in broker.results} == {ResultStatus.COMPLETE}
+
+
+async def test_stop_kills_what_outlives_the_grace_and_says_nothing_of_it(autojump_clock: MockClock) -> None:
+    async with running(slots=1, drain_grace_s=2) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="9"))
+        await broker.until(lambda: bool(broker.started))
+        begin = trio.current_time()
+        it.stop.set()
+        await it.ended.wait()
+        assert 2 <= trio.current_time() - begin <= 10
+        assert not broker.results
+        assert it.spawner.children[0].killed
+
+
+async def test_stop_gives_tasks_their_deadline_and_reports_the_timeout(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="500", deadline_s=20))
+        await broker.until(lambda: bool(broker.started))
+        it.stop.set()
+        await broker.until(lambda: bool(broker.results))
+        assert broker.results[0].reason == "timeout"
+        broker.take_all()
+        await it.ended.wait()
+
+
+async def test_stop_ends_though_no_broker_takes_the_results(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        broker = await it.network.accept()
+        broker.tell(work("a"))
+        await broker.until(lambda: bool(broker.results))
+        it.network.refuses.add("b:1")
+        broker.cut()
+        it.stop.set()
+        with trio.fail_after(30):
+            await it.ended.wait()
+
+
+async def test_a_broker_that_speaks_another_version_is_left_alone(autojump_clock: MockClock) -> None:
+    async with running() as it:
+        connection = await it.network._at("b:1")[1].receive()
+        await connection.until(lambda: bool(connection.frames))
+        connection.tell(frames.Welcome(9, "store", 30_000))
+        await trio.sleep(0.05)
+        assert connection.ended
+        assert connection.credit == 0
+        await it.network.accept()
