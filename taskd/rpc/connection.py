@@ -17,7 +17,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import Event as H2Event
 from h2.events import RemoteSettingsChanged
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 from trio.lowlevel import ParkingLot
 
 from taskd.rpc.exchange import Exchange, Signal
@@ -28,6 +28,13 @@ STREAM_WINDOW_BYTES = 4 * 1024 * 1024
 # Larger than a stream's, so that one stream nobody reads does not stop the others.
 CONNECTION_WINDOW_BYTES = 16 * 1024 * 1024
 FRAME_BYTES = 256 * 1024  # HTTP/2 begins with 16 KiB, and each frame costs as much as a small message
+INITIAL_WINDOW_BYTES = 65_535  # of a connection, by RFC 9113
+SETTINGS = {
+    SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
+    SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES,
+    SettingCodes.MAX_CONCURRENT_STREAMS: 100,
+    SettingCodes.MAX_HEADER_LIST_SIZE: 64 * 1024,
+}
 GOODBYE_S = 1.0  # for what is still in the transport's buffer when a connection is closed
 
 
@@ -119,16 +126,11 @@ class Protocol(H2Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         h2 = H2Connection(config=self.h2_config)
+        h2.local_settings = Settings(client=self.h2_config.client_side, initial_values=SETTINGS)
+        # At once, not when the peer confirms: its confirmation and a large frame may come in one read.
+        h2.max_inbound_frame_size = FRAME_BYTES
         h2.initiate_connection()
-        h2.increment_flow_control_window(
-            self.config.http2_connection_window_size - h2.local_settings.initial_window_size
-        )
-        h2.update_settings(
-            {
-                SettingCodes.INITIAL_WINDOW_SIZE: self.config.http2_stream_window_size,
-                SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES,
-            }
-        )
+        h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - INITIAL_WINDOW_BYTES)
         self.connection = Channel(h2, transport, self.config, self._max_message_bytes)
         self.connection.flush()
         self.connection.initialize()
@@ -136,10 +138,15 @@ class Protocol(H2Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            super().data_received(data)
+            events = self.connection.feed(data)
+            self.connection.flush()
+            for event in events:
+                self.processor.process(event)
         except Exception as error:
             log.warning("connection closed: bad HTTP/2", peer=self.connection.peer, error=repr(error))
+            self.connection.flush()  # what h2 has to say about it
             self.processor.close("bad HTTP/2")
+        self.connection.flush()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -23,8 +23,9 @@ class Inbox(Buffer):
     """Messages of one stream in the order they came, and how much of the window each still occupies.
 
     grpclib's processor calls `add`, `eof` and `unacked_size`. `acknowledge(size)` gives window back
-    to the peer: for a finished message when it is taken, for an unfinished one at once, since it
-    may be larger than the window.
+    to the peer: for a finished message when it is taken, for an unfinished one as soon as no
+    finished one waits before it, since it may be larger than the window. So at most one message and
+    one window are kept for a reader that does not read.
     """
 
     def __init__(self, max_message_bytes: int, acknowledge: Callable[[int], None]) -> None:
@@ -32,6 +33,7 @@ class Inbox(Buffer):
         self._acknowledge = acknowledge
         self._messages: deque[tuple[bytes, int]] = deque()
         self._partial = bytearray()
+        self._held = 0  # bytes of the partial message that still occupy the window
         self._ended = False
         self.fault: Refused | None = None
         self.arrived = ParkingLot()
@@ -40,32 +42,37 @@ class Inbox(Buffer):
         if self.fault is not None:
             self._acknowledge(ack_size)
             return
-        before = len(self._partial)
+        if ack_size > len(data):
+            self._acknowledge(ack_size - len(data))  # padding
         self._partial += data
-        kept = self._split(before)
-        if ack_size > kept:
-            self._acknowledge(ack_size - kept)
+        self._held += len(data)
+        self._split()
+        self._give_back_partial()
         self.arrived.unpark_all()
 
-    def _split(self, before: int) -> int:
-        """Move out what is finished; how many of the bytes after the first `before` went with it."""
+    def _split(self) -> None:
+        """Move out of the partial message what is finished; keep nothing of one that is not taken here."""
         start = 0
-        counted = before
-        while len(self._partial) - start >= PREFIX.size and self.fault is None:
+        while len(self._partial) - start >= PREFIX.size:
             compressed, length = PREFIX.unpack_from(self._partial, start)
-            end = start + PREFIX.size + length
             self.fault = self._fault_of(compressed, length)
-            if self.fault is not None or end > len(self._partial):
+            if self.fault is not None:
+                start = len(self._partial)
                 break
-            self._messages.append(
-                (bytes(memoryview(self._partial)[start + PREFIX.size : end]), end - counted)
-            )
-            start = counted = end
-        if self.fault is not None:
-            self._partial = bytearray()
-        elif start:
+            end = start + PREFIX.size + length
+            if end > len(self._partial):
+                break
+            occupied = min(end - start, self._held - (len(self._partial) - end))
+            self._messages.append((bytes(memoryview(self._partial)[start + PREFIX.size : end]), occupied))
+            self._held -= occupied
+            start = end
+        if start:
             del self._partial[:start]
-        return counted - before
+
+    def _give_back_partial(self) -> None:
+        if self._held and not self._messages:
+            self._acknowledge(self._held)
+            self._held = 0
 
     def _fault_of(self, compressed: int, length: int) -> Refused | None:
         if length > self._max_message_bytes:
@@ -96,9 +103,11 @@ class Inbox(Buffer):
             return None
         body, occupied = self._messages.popleft()
         self._acknowledge(occupied)
+        self._give_back_partial()
         return body
 
     def unacked_size(self) -> int:
-        occupied = sum(size for _, size in self._messages)
+        occupied = self._held + sum(size for _, size in self._messages)
         self._messages.clear()
+        self._held = 0
         return occupied
