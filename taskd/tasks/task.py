@@ -65,6 +65,7 @@ class Task(Generic[P, R]):
         _check_function(function, what, pass_headers)
         if compression_type not in ("plaintext", "zstd"):
             raise ValueError(f"{what}: compression_type is 'plaintext' or 'zstd', found {compression_type!r}")
+        _check_exception_types(silenced_exceptions, f"{what}: silenced_exceptions")
         functools.update_wrapper(self, function)
         self.function = function
         self.name = name
@@ -190,6 +191,12 @@ def _check_function(function: Callable[..., object], what: str, pass_headers: bo
         parameters = inspect.signature(function).parameters
         if "headers" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise TypeError(f"{what}: pass_headers=True, but {_name(function)} takes no `headers` keyword")
+
+
+def _check_exception_types(types: object, what: str) -> None:
+    if isinstance(types, tuple) and all(isinstance(t, type) and issubclass(t, BaseException) for t in types):
+        return
+    raise TypeError(f"{what}: expected a tuple of exception types, found {types!r}")
 
 
 def _policy(what: str, own: Retry | None, inherited: Retry | None, at_most_once: bool) -> Retry | None:

@@ -176,6 +176,8 @@ def test_what_cannot_be_a_task_is_refused_with_a_sentence(issues: TaskNamespace)
         issues.register(lambda: None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="compression_type is"):
         issues.register(name="a", compression_type="gzip")(lambda: None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="silenced_exceptions: expected a tuple of exception types"):
+        issues.register(name="a", silenced_exceptions=OSError)(lambda: None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a Retry, found 3"):
         issues.register(name="a", retry=3)(lambda: None)  # type: ignore[arg-type]
 
