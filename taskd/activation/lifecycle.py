@@ -51,6 +51,7 @@ class Event(Enum):
     ARRIVED = "arrived"
     ARRIVED_DELAYED = "arrived_delayed"
     ARRIVED_EXPIRED = "arrived_expired"
+    ARRIVED_UNDECODABLE = "arrived_undecodable"
     HANDED_OUT = "handed_out"
     CLAIMED = "claimed"
     PUSHED = "pushed"
@@ -91,6 +92,7 @@ TRANSITIONS: dict[tuple[Status | None, Event], Status] = {
     (None, _E.ARRIVED): _S.PENDING,
     (None, _E.ARRIVED_DELAYED): _S.DELAYED,
     (None, _E.ARRIVED_EXPIRED): _S.EXPIRED,
+    (None, _E.ARRIVED_UNDECODABLE): _S.FAILURE,
     (_S.PENDING, _E.HANDED_OUT): _S.PROCESSING,
     (_S.PENDING, _E.CLAIMED): _S.CLAIMED,
     (_S.CLAIMED, _E.PUSHED): _S.PROCESSING,
