@@ -11,13 +11,18 @@ at import, before trio-asyncio could replace them.
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import structlog
 import trio
-import trio_asyncio
+
+with warnings.catch_warnings():
+    # It subclasses what Python 3.12 deprecates (trio-asyncio issue 160).
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import trio_asyncio
 
 __all__ = ["Interrupted", "call", "finish", "mapped", "open_loop", "trio_handler", "unhandled_errors"]
 

@@ -184,8 +184,9 @@ class Client:
                 h2.send_headers(stream_id, self._headers(path, timeout_s))
             except TooManyStreamsError:
                 await protocol.connection.stream_closed.park()
-            except H2Error:
-                protocol.processor.close("out of stream ids")
+            except H2Error as error:
+                protocol.processor.close("cannot be used any more")  # the next call makes a new one
+                raise PeerUnavailable(f"{self.address}: no further stream: {error}") from error
             else:
                 protocol.connection.headers_send_process()
                 exchange = protocol.connection.create_stream(stream_id=stream_id)

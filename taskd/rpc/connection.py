@@ -30,6 +30,7 @@ CONNECTION_WINDOW_BYTES = 16 * 1024 * 1024
 FRAME_BYTES = 256 * 1024  # HTTP/2 begins with 16 KiB, and each frame costs as much as a small message
 INITIAL_WINDOW_BYTES = 65_535  # of a connection, by RFC 9113
 SETTINGS = {
+    SettingCodes.ENABLE_PUSH: 0,
     SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
     SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES,
     SettingCodes.MAX_CONCURRENT_STREAMS: 100,
@@ -58,11 +59,12 @@ class Channel(Connection):
         self, h2: H2Connection, transport: asyncio.Transport, config: Configuration, max_message_bytes: int
     ):
         super().__init__(h2, transport, config=config)
+        self._loop = asyncio.get_running_loop()
         self.h2 = h2
         self.transport = transport
         self.max_message_bytes = max_message_bytes
         self.stream_closed = ParkingLot()
-        self.stream_close_waiter = Signal(self.stream_closed)
+        self.stream_close_waiter = Signal(self.stream_closed, wakes=1)
         self.ready = trio.Event()  # the peer's settings came, or never will
         address = transport.get_extra_info("peername")
         self.peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "peer"
@@ -78,6 +80,12 @@ class Channel(Connection):
     def flush(self) -> None:
         if not self.is_closing():
             super().flush()
+
+    def close(self) -> None:
+        """Close once what is written was sent, or after `GOODBYE_S`: a peer that is gone takes nothing."""
+        if not self.is_closing():
+            self._loop.call_later(GOODBYE_S, self.transport.abort)
+        super().close()
 
 
 class _Processor(EventsProcessor):
@@ -122,6 +130,7 @@ class Protocol(H2Protocol):
         super().__init__(handler, config, h2_config)
         self._max_message_bytes = max_message_bytes
         self.lost = trio.Event()
+        self._unwanted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -135,6 +144,8 @@ class Protocol(H2Protocol):
         self.connection.flush()
         self.connection.initialize()
         self.processor = _Processor(self.handler, self.connection)
+        if self._unwanted:
+            self.processor.close("the server is stopping")
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -159,12 +170,10 @@ class Protocol(H2Protocol):
 
     async def say_goodbye(self, reason: str) -> None:
         """Send GOAWAY and close; what is not taken within `GOODBYE_S` is dropped. Call it shielded."""
-        if not self.connection.is_closing():
+        self._unwanted = True
+        if hasattr(self, "connection") and not self.connection.is_closing():
             self.connection.h2.close_connection()
             self.connection.flush()
             self.processor.close(reason)
-        with trio.move_on_after(GOODBYE_S):
+        with trio.move_on_after(2 * GOODBYE_S):
             await self.lost.wait()
-            return
-        self.connection.transport.abort()
-        await self.lost.wait()

@@ -10,6 +10,7 @@ pings, and which event belongs to which stream.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,15 +32,16 @@ Headers = list[tuple[str, str]]
 
 
 class Signal(asyncio.Event):
-    """An event that grpclib sets and Trio tasks wait for."""
+    """An event that grpclib sets and Trio tasks wait for; `wakes` so many of them."""
 
-    def __init__(self, lot: ParkingLot) -> None:
+    def __init__(self, lot: ParkingLot, wakes: float = math.inf) -> None:
         super().__init__()
-        self.lot = lot
+        self._lot = lot
+        self._wakes = wakes
 
     def set(self) -> None:
         super().set()
-        self.lot.unpark_all()
+        self._lot.unpark(count=self._wakes)
 
 
 class Exchange(GrpclibStream):

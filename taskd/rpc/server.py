@@ -84,8 +84,7 @@ class _Server:
                 log.warning("calls outlived the server", paths=sorted(call.path for call in self.calls))
             async with trio.open_nursery() as nursery:
                 for protocol in self._protocols:
-                    if hasattr(protocol, "connection"):
-                        nursery.start_soon(protocol.say_goodbye, "the server is stopping")
+                    nursery.start_soon(protocol.say_goodbye, "the server is stopping")
             # From 3.12.1 on it waits for connections, which are all closed by now.
             await aio.finish(listener.wait_closed, within_s=LISTENER_S)
 
@@ -121,7 +120,8 @@ def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
             "stop it, or choose another port (0 takes a free one)",
             exit_code=75,
         )
-    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+    # Python 3.13 passes over addresses that are not the machine's, and leaves no errno.
+    if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, None):
         advice = "the host must be a name or address of this machine, such as 127.0.0.1 or 0.0.0.0"
     elif error.errno in (errno.EACCES, errno.EPERM):
         advice = "ports below 1024 need a privilege; choose a higher one"
