@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any, TypeVar
@@ -376,7 +376,9 @@ class KafkaReader:
             if self._assigned.get(partition) != before[partition]:
                 continue  # revoked, or sent elsewhere by a seek
             if partition in self._paused:
-                consumer.seek(tp, messages[0].offset)
+                # A rebalance that has just begun reads from the committed offset anyway.
+                with suppress(errors.IllegalStateError):
+                    consumer.seek(tp, messages[0].offset)
                 continue
             records += [_record(partition, message) for message in messages]
         return records
@@ -510,38 +512,42 @@ class KafkaWriter:
         records: Sequence[Outgoing],
         answers: list[Position | Exception | None],
     ) -> None:
-        """Fill in `answers` as they come, so that a deadline in the middle keeps those that came."""
-        waiting: list[asyncio.Future[Any]] = []
+        """Fill in `answers`, also those that came before a deadline in the middle."""
+        waiting: list[tuple[int, asyncio.Future[Any]]] = []
         broken: dict[str, BaseException] = {}  # a topic that has failed is not waited for again
-        for number, record in enumerate(records):
-            if answers[number] is not None:
-                continue
-            if record.topic in broken:
-                answers[number] = self._answer(broken[record.topic])
-                continue
-            try:
-                future = await producer.send(
-                    record.topic, value=record.value, key=record.key, headers=list(record.headers)
-                )
-            except FOREIGN as error:
-                if not isinstance(error, errors.MessageSizeTooLargeError):
-                    broken[record.topic] = error
-                answers[number] = self._answer(error)
-                continue
-            future.add_done_callback(partial(self._sent, answers, number))
-            waiting.append(future)
-        if waiting:
-            await asyncio.wait(waiting)
+        try:
+            for number, record in enumerate(records):
+                if answers[number] is not None:
+                    continue
+                if record.topic in broken:
+                    answers[number] = self._answer(broken[record.topic])
+                    continue
+                try:
+                    future = await producer.send(
+                        record.topic, value=record.value, key=record.key, headers=list(record.headers)
+                    )
+                    waiting.append((number, future))
+                except FOREIGN as error:
+                    if not isinstance(error, errors.MessageSizeTooLargeError):
+                        broken[record.topic] = error
+                    answers[number] = self._answer(error)
+            # One after the other: those of one Kafka batch are done together, and a callback each is dear.
+            for _, future in waiting:
+                with suppress(*FOREIGN):
+                    await future
+        finally:
+            for number, future in waiting:
+                if not future.cancel():  # it is done
+                    answers[number] = self._outcome(future)
 
-    def _sent(
-        self, answers: list[Position | Exception | None], number: int, future: asyncio.Future[Any]
-    ) -> None:
-        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+    def _outcome(self, future: asyncio.Future[Any]) -> Position | Exception | None:
+        if future.cancelled():
+            return None
+        error = future.exception()
         if error is not None:
-            answers[number] = self._answer(error)
-        else:
-            done = future.result()
-            answers[number] = Position(Partition(done.topic, done.partition), done.offset)
+            return self._answer(error)
+        done = future.result()
+        return Position(Partition(done.topic, done.partition), done.offset)
 
     def _answer(self, error: BaseException) -> Exception:
         if isinstance(error, HOPELESS):

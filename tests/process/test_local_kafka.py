@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -59,5 +60,6 @@ def test_it_ends_with_a_killed_parent() -> None:
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             starter.kill()
             starter.wait()
-            assert connection.recv(1) == b""  # waits for the broker's end, which closes it
+            with suppress(ConnectionResetError):  # closed by its end, one way or the other
+                assert connection.recv(1) == b""
     assert any(not answers(address) for _ in range(10_000))  # a dying process closes one by one
