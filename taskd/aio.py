@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import trio_asyncio
 
-__all__ = ["Interrupted", "call", "finish", "mapped", "open_loop", "trio_handler", "unhandled_errors"]
+__all__ = ["Interrupted", "call", "finish", "lone", "mapped", "open_loop", "trio_handler", "unhandled_errors"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,13 +106,14 @@ def trio_handler(fn: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         try:
             return await fn(*args, **kwargs)
         except BaseExceptionGroup as group:
-            raise _lone(group) from None
+            raise lone(group) from None
 
     handler: Callable[P, Awaitable[T]] = trio_asyncio.trio_as_aio(unwrapped)
     return handler
 
 
-def _lone(error: BaseException) -> BaseException:
+def lone(error: BaseException) -> BaseException:
+    """The one error inside nested groups of one, else what was given."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
@@ -126,7 +127,7 @@ def mapped(
     try:
         yield
     except BaseException as error:
-        foreign = _lone(error)
+        foreign = lone(error)
         for kind, ours in table.items():
             if isinstance(foreign, kind):
                 raise ours(foreign) from error

@@ -12,6 +12,7 @@ from grpclib.const import Status
 from grpclib.metadata import decode_timeout, encode_grpc_message
 from h2.errors import ErrorCodes
 
+from taskd import aio
 from taskd.errors import PeerUnavailable, Refused
 from taskd.rpc.base import Reply, Services, Stream, Unary
 from taskd.rpc.exchange import Exchange, Headers
@@ -92,11 +93,9 @@ class Call:
         return Refused("UNAVAILABLE", "the server is stopping")
 
     def _of_group(self, group: BaseExceptionGroup[BaseException]) -> Refused | None:
-        lone: BaseException = group
-        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
-            lone = lone.exceptions[0]
-        if isinstance(lone, Refused):
-            return lone
+        error = aio.lone(group)
+        if isinstance(error, Refused):
+            return error
         failures, others = group.split(Exception)
         if self.exchange.gone is not None and failures is not None:
             _, failures = failures.split(PeerUnavailable)

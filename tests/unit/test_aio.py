@@ -89,15 +89,17 @@ async def test_a_cancellation_of_asyncio_s_own_is_an_error() -> None:
 
 async def test_cancelling_a_call_waits_until_asyncio_has_unwound() -> None:
     steps: list[str] = []
+    scope = trio.CancelScope()
 
     async def hang() -> None:
         try:
+            asyncio.get_running_loop().call_soon(scope.cancel)
             await asyncio.get_running_loop().create_future()
         finally:
             steps.append("unwound")
 
     async with aio.open_loop():
-        with trio.move_on_after(0.01) as scope:
+        with scope:
             await aio.call(hang)
         steps.append("returned")
     assert scope.cancelled_caught

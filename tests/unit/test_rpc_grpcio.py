@@ -91,7 +91,7 @@ async def test_deadline_and_cancel_reach_the_handler_and_take_the_reply_back() -
 
     async with open_pair({"/test/Claim": Unary(claim)}) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            await ask(channel, "/test/Claim", b"", timeout_s=0.1)
+            await ask(channel, "/test/Claim", b"", timeout_s=0.2)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await taken_back.wait()
 

@@ -38,7 +38,7 @@ async def echo_once(request: bytes) -> bytes:
     return request
 
 
-@pytest.mark.parametrize("size", [0, 1000, 50_000])
+@pytest.mark.parametrize("size", [0, 1000, pytest.param(50_000, marks=pytest.mark.slow)])
 async def test_a_thousand_frames_come_back_in_order(size: int) -> None:
     frames = [b"%08d" % number + b"x" * size for number in range(1000)]
     received = []
