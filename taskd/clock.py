@@ -6,6 +6,7 @@ import time
 from typing import NamedTuple, Protocol
 
 WALL_STEP_MS = 60_000  # a wall clock that moved this far against the monotonic one was set
+READ_WITHIN_MS = 1_000  # both clocks are read within this, or read again
 EXPIRY_PAUSE_MS = 300_000  # after a step, nothing expires for this long (design rule 2)
 
 
@@ -44,10 +45,8 @@ class StepWatch:
         if self._offset_ms is not None and abs(offset_ms - self._offset_ms) > WALL_STEP_MS:
             self.last_step_ms = offset_ms - self._offset_ms
             self._paused_until_mono_ms = mono_ms + EXPIRY_PAUSE_MS
-            self._offset_ms = offset_ms
-        elif self._offset_ms is None or abs(offset_ms - self._offset_ms) < 1000:
-            # Slow drift (slewing, suspended machine) is followed, so that it never adds up to a step.
-            self._offset_ms = offset_ms
+        # Always from the last reading: drift and slewing never add up to a step.
+        self._offset_ms = offset_ms
         return Now(wall_ms, mono_ms, mono_ms >= self._paused_until_mono_ms)
 
 
@@ -58,7 +57,13 @@ class SystemClock:
         self._watch = StepWatch()
 
     def now(self) -> Now:
-        return self._watch.observe(time.time_ns() // 1_000_000, time.monotonic_ns() // 1_000_000)
+        before_ms = time.monotonic_ns() // 1_000_000
+        while True:
+            wall_ms = time.time_ns() // 1_000_000
+            mono_ms = time.monotonic_ns() // 1_000_000
+            if mono_ms - before_ms < READ_WITHIN_MS:
+                return self._watch.observe(wall_ms, mono_ms)
+            before_ms = mono_ms  # stopped between the two readings: together they would look like a step
 
     @property
     def last_step_ms(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from taskd.errors import StartupError, StoreError
 from taskd.groupcommit import Write
 
 BUSY_TIMEOUT_MS = 5_000  # readers outside (an operator's sqlite3) may hold the file for a moment
+MAX_IDLE_WAL_BYTES = 64 * 1024 * 1024  # a write-ahead log that grew beyond is cut back at its checkpoint
 
 
 def open_database(path: Path) -> apsw.Connection:
@@ -22,6 +23,7 @@ def open_database(path: Path) -> apsw.Connection:
 
     Raises StartupError (exit 73) when the folder or file cannot be written.
     """
+    db: apsw.Connection | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         db = apsw.Connection(str(path))
@@ -29,9 +31,12 @@ def open_database(path: Path) -> apsw.Connection:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only takes effect on a new file
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {MAX_IDLE_WAL_BYTES}")
         db.execute("PRAGMA cache_size = -65536")  # KiB, negative by SQLite's convention
         db.execute("PRAGMA temp_store = MEMORY")
     except (OSError, apsw.Error) as error:
+        if db is not None:
+            db.close()
         raise StartupError(
             f"cannot open the database {path}: {error}. "
             f"Give a folder that user {os.getuid()} may write, or stop the process that holds the file.",
@@ -51,7 +56,8 @@ def hold_lock(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StartupError(
-            f"cannot write in {path.parent}: {error.strerror}. Give a folder that user {os.getuid()} may write.",
+            f"cannot write in {path.parent}: {error.strerror}. "
+            f"Give a folder that user {os.getuid()} may write.",
             exit_code=73,
         ) from error
     try:
@@ -71,10 +77,14 @@ def hold_lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def apply_in_one_transaction(db: apsw.Connection, writes: Sequence[Write]) -> list[outcome.Outcome[object]]:
+def apply_in_one_transaction(
+    db: apsw.Connection, writes: Sequence[Write], *, before_commit: Callable[[], object] = lambda: None
+) -> list[outcome.Outcome[object]]:
     """Run `writes` in one transaction, each in a savepoint: one that raises undoes only itself.
 
+    `before_commit` runs behind the last of them; if it raises, so does this, and nothing was applied.
     Raises StoreError when the transaction as a whole could not commit; then nothing was applied.
+    A single write's SQLite error is its outcome, as a StoreError.
     """
     results: list[outcome.Outcome[object]] = []
     try:
@@ -82,13 +92,14 @@ def apply_in_one_transaction(db: apsw.Connection, writes: Sequence[Write]) -> li
         try:
             for write in writes:
                 results.append(_in_savepoint(db, write))
+            before_commit()
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
     except apsw.Error as error:
-        raise StoreError(f"{type(error).__name__}: {error}") from error
+        raise _own(error) from error
     return results
 
 
@@ -101,6 +112,14 @@ def _in_savepoint(db: apsw.Connection, write: Write) -> outcome.Outcome[object]:
             raise
         db.execute("ROLLBACK TO write")
         db.execute("RELEASE write")
+        if isinstance(error, apsw.Error):
+            own = _own(error)
+            own.__cause__ = error
+            return outcome.Error(own)
         return outcome.Error(error)
     db.execute("RELEASE write")
     return outcome.Value(result)
+
+
+def _own(error: apsw.Error) -> StoreError:
+    return StoreError(f"{type(error).__name__}: {error}")

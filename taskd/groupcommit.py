@@ -107,9 +107,11 @@ class GroupCommit:
         began_s = monotonic_s()
         try:
             results = self._apply([waiting.write for waiting in batch])
-        except Exception as error:
+            if len(results) != len(batch):
+                raise RuntimeError(f"expected {len(batch)} results of a transaction, found {len(results)}")
+        except BaseException as error:  # whatever it was, an end of this thread would hang every caller
             results = [outcome.Error(error) for _ in batch]
-        for waiting, result in zip(batch, results, strict=True):
+        for waiting, result in zip(batch, results, strict=True):  # the lengths are checked above
             waiting.result = result
         self._token.run_sync_soon(self._announce, batch, monotonic_s() - began_s)
 
@@ -133,7 +135,7 @@ async def open_group_commit(
     on_batch: OnBatch = lambda size, seconds: None,
     max_batch: int = 4096,
 ) -> AsyncIterator[GroupCommit]:
-    """Run the committing thread while the block lasts; on leaving, everything submitted is committed first."""
+    """Run the committing thread while the block lasts; what was submitted is committed before it ends."""
     committer = GroupCommit(apply, on_batch, max_batch)
     threading.Thread(target=committer._run, name=name, daemon=True).start()
     try:

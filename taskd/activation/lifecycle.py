@@ -70,6 +70,8 @@ class Event(Enum):
     RETRY_ASKED = "retry_asked"
     SETTLED = "settled"  # what had to follow is published, or nothing has to
 
+    __hash__ = object.__hash__  # members are single; Enum's own hash is a slow call on the hot path
+
 
 class IllegalTransition(TaskdError):
     """That event cannot happen to an activation in that status."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from taskd.activation.lifecycle import Event, Status, after
 from taskd.clock import Now
-from taskd.inflight.base import Arrival, Inserted, Outcome
+from taskd.inflight.base import Arrival, Inserted
 from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import SqliteStore
 
@@ -80,9 +80,8 @@ class Arrivals:
         store.measure("received_to_stored", now.wall_ms - received_at_ms)
         if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
             store.discard("expired")
-            self._departures.finish(
-                store.db.last_insert_rowid(), lane.number, status, Outcome.EXPIRED, now, reason="expired"
-            )
+            row = store.db.last_insert_rowid()
+            self._departures.finish(row, lane.number, status, now, reason="expired")
         return event
 
     def become_due(self, limit: int, now: Now) -> int:
@@ -98,7 +97,7 @@ class Arrivals:
         if not now.may_expire:
             return 0
         rows = self._store.run("expiring", now.wall_ms, limit).fetchall()
-        for row, status, lane, dead_letter, _ in rows:
+        for row, status, lane, dead_letter in rows:
             self._departures.expire(row, lane, Status(status), bool(dead_letter), now)
         return len(rows)
 

@@ -8,6 +8,7 @@ from enum import Enum, IntEnum
 from taskd.activation.lifecycle import Status
 
 __all__ = [
+    "MAX_CLAIM_BYTES",
     "Arrival",
     "ClaimRequest",
     "Depth",
@@ -24,6 +25,9 @@ __all__ = [
     "Settlement",
     "Verdict",
 ]
+
+
+MAX_CLAIM_BYTES = 2 * 1024 * 1024  # far below what one message to a worker may have, and soon sent
 
 
 class LeaseKind(IntEnum):
@@ -108,13 +112,17 @@ class Inserted:
 
 @dataclass(frozen=True, slots=True)
 class ClaimRequest:
-    """Who wants how much of what. `application` None: any; `namespaces` empty: any."""
+    """Who wants how much of what. `application` None: any; `namespaces` empty: any.
+
+    A claim ends early, with one row at least, once its activations have `max_bytes` together.
+    """
 
     limit: int
     kind: LeaseKind
     holder: str | None = None
     application: str | None = None
     namespaces: tuple[str, ...] = ()
+    max_bytes: int = MAX_CLAIM_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from taskd.clock import Now
 from taskd.inflight.base import Leaving, Outcome, Settlement
 from taskd.inflight.sqlite import SqliteStore
 
+SHRINK_PAGES = 1_024  # given back to the disk in one go, so that no transaction becomes long
+
 OUTCOMES = {
     Status.COMPLETE: Outcome.COMPLETE,
     Status.RETRY: Outcome.RETRIED,
@@ -39,7 +41,7 @@ class Departures:
             self._store.run("leave", status, reason, error, None, None, row)
         else:
             self._store.discard(reason)
-            self.finish(row, lane, status, OUTCOMES[status], now, reason=reason, error=error)
+            self.finish(row, lane, status, now, reason=reason, error=error)
 
     def expire(self, row: int, lane: int, before: Status, dead_letter: bool, now: Now) -> None:
         self.fail(row, lane, before, Event.EXPIRED, dead_letter, now, "expired", "")
@@ -49,7 +51,6 @@ class Departures:
         row: int,
         lane: int,
         before: Status,
-        outcome: Outcome,
         now: Now,
         *,
         reason: str | None = None,
@@ -59,7 +60,8 @@ class Departures:
     ) -> None:
         """Turn a row into its tombstone."""
         self._store.move(lane, before, Event.SETTLED)
-        self._store.run("gone", outcome.value, continued_as, dead_lettered, now.wall_ms, reason, error, row)
+        outcome = OUTCOMES[before].value
+        self._store.run("gone", outcome, continued_as, dead_lettered, now.wall_ms, reason, error, row)
 
     def leaving(self, limit: int) -> list[Leaving]:
         """Rows whose retry or dead letter is to be published, oldest first."""
@@ -88,14 +90,16 @@ class Departures:
         ]  # fmt: skip
 
     def settle(self, settlements: Sequence[Settlement], now: Now) -> None:
-        """What had to follow these rows is published: they are gone."""
+        """What had to follow these rows is published: they are gone. Those gone already are passed over."""
         for settlement in settlements:
-            row, status, lane, reason, error = self._store.one("settling", settlement.id)
+            found = self._store.one("settling", settlement.id)
+            if found is None:
+                continue
+            row, status, lane, reason, error = found
             self.finish(
                 row,
                 lane,
                 Status(status),
-                OUTCOMES[Status(status)],
                 now,
                 reason=reason,
                 error=error,
@@ -116,4 +120,5 @@ class Departures:
         for row, lane in rows:
             self._store.run("forget", row)
             self._store.forget(lane)
+        self._store.shrink(SHRINK_PAGES)
         return len(rows)

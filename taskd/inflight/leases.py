@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.clock import Now
@@ -16,7 +17,6 @@ from taskd.inflight.base import (
     ClaimRequest,
     Lease,
     LeaseKind,
-    Outcome,
     Ref,
     Report,
     ReportStatus,
@@ -26,18 +26,31 @@ from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import Lane, SqliteStore
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
+MAX_REASON_CHARS = 64  # of the word that names a reason
+
+
+class Waiting(NamedTuple):
+    """One row as a claim sees it; the columns of `waiting_in_lane`."""
+
+    row: int
+    id: str
+    activation: bytes
+    deadline_ms: int
+    expires_at_ms: int | None
+    at_most_once: int
+    dead_letter: int
+    received_at_ms: int
 
 
 @dataclass(slots=True)
 class Leased:
-    """One row as its lease sees it."""
+    """One row as its lease sees it; the columns of `leased`."""
 
     row: int
     status: Status
     lane: int
     fence: int
     kind: int
-    holder: str | None
     attempts: int
     counted: bool
     started: bool
@@ -45,7 +58,10 @@ class Leased:
     dead_letter: bool
     deadline_ms: int
     received_at_ms: int
-    started_at_ms: int | None
+
+    def __post_init__(self) -> None:
+        self.status = Status(self.status)
+        self.dead_letter = bool(self.dead_letter)
 
 
 class Leases:
@@ -59,6 +75,7 @@ class Leases:
     def claim(self, request: ClaimRequest, now: Now) -> list[Lease]:
         """Lease up to `request.limit` waiting rows, in turns over the lanes that have any."""
         leases: list[Lease] = []
+        left_bytes = request.max_bytes
         lanes = self._ready_lanes(request)
         while lanes and len(leases) < request.limit:
             share = max((request.limit - len(leases)) // len(lanes), 1)
@@ -67,17 +84,21 @@ class Leases:
                 wanted = min(share, request.limit - len(leases))
                 if not wanted:
                     break
-                taken, more = self._claim_from(lane, wanted, request, now)
+                rows = self._waiting(lane, wanted, left_bytes, is_first=not leases)
+                if not rows:
+                    continue  # too large for what is left: this lane keeps its turn
+                taken = [lease for row in rows if (lease := self._hand_out(lane, row, request, now))]
                 leases += taken
-                if more:
-                    still_ready.append(lane)
+                left_bytes -= sum(len(lease.activation) for lease in taken)
                 self._turn_over(lane)
+                if lane.counts[Status.PENDING] > 0 and not self._busy_in_order(lane):
+                    still_ready.append(lane)
             lanes = still_ready
         return leases
 
     def _ready_lanes(self, request: ClaimRequest) -> list[Lane]:
-        known = set(self._round)
-        self._round.extend(number for number in self._store.lanes if number not in known)
+        # Lanes are numbered from 1 without gaps, also when one was undone and its number used again.
+        self._round.extend(range(len(self._round) + 1, len(self._store.lanes) + 1))
         return [
             lane
             for number in self._round
@@ -88,50 +109,58 @@ class Leases:
             and not self._busy_in_order(lane)
         ]
 
+    def _in_order(self, lane: Lane) -> bool:
+        return lane.namespace in self._store.policy.strict_order_namespaces
+
     def _busy_in_order(self, lane: Lane) -> bool:
         """A strict-order lane has one live lease at a time."""
-        return lane.namespace in self._store.policy.strict_order_namespaces and (
-            lane.counts[Status.PROCESSING] + lane.counts[Status.CLAIMED] > 0
-        )
+        return self._in_order(lane) and lane.counts[Status.PROCESSING] + lane.counts[Status.CLAIMED] > 0
 
     def _turn_over(self, lane: Lane) -> None:
         self._round.remove(lane.number)
         self._round.append(lane.number)
 
-    def _claim_from(
-        self, lane: Lane, wanted: int, request: ClaimRequest, now: Now
-    ) -> tuple[list[Lease], bool]:
-        """Leases from one lane, and whether it may have more to give."""
-        in_order = lane.namespace in self._store.policy.strict_order_namespaces
-        if in_order:
-            wanted = 1
-        rows = self._store.run("waiting_in_lane", lane.number, wanted).fetchall()
-        leases = []
-        for row, id_, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, _, received in rows:
-            if expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
-                self._departures.expire(row, lane.number, Status.PENDING, bool(dead_letter), now)
-                continue
-            fence = self._store.next_fence(now)
-            # Unary calls have no START, and at most once the hand-out is the START: both count now.
-            counts = request.kind is LeaseKind.UNARY or bool(at_most_once)
-            lease_end_ms = now.mono_ms + deadline_ms + self._store.policy.grace_ms if counts else None
-            self._store.move(lane.number, Status.PENDING, Event.HANDED_OUT)
-            self._store.run(
-                "hand_out",
-                fence,
-                request.kind,
-                request.holder,
-                lease_end_ms,
-                int(counts),
-                int(counts),
-                now.wall_ms if counts else None,
-                row,
-            )
-            if request.kind is LeaseKind.UNARY:
-                self._store.measure("received_to_started", now.wall_ms - received)
-            expires_in_ms = None if expires_at_ms is None else max(expires_at_ms - now.wall_ms, 0)
-            leases.append(Lease(id_, fence, activation, deadline_ms, expires_in_ms))
-        return leases, len(rows) == wanted and not in_order
+    def _waiting(self, lane: Lane, wanted: int, left_bytes: int, *, is_first: bool) -> list[Waiting]:
+        """The head of a lane, as far as it fits; the first row of a claim goes whatever its size."""
+        rows: list[Waiting] = []
+        cursor = self._store.run("waiting_in_lane", lane.number, 1 if self._in_order(lane) else wanted)
+        for values in cursor:
+            row = Waiting(*values)
+            left_bytes -= len(row.activation)
+            if left_bytes < 0 and (rows or not is_first):
+                break
+            rows.append(row)
+        cursor.close()
+        return rows
+
+    def _hand_out(self, lane: Lane, waiting: Waiting, request: ClaimRequest, now: Now) -> Lease | None:
+        """The row's new lease; None when it expired instead."""
+        expires_in_ms = None
+        if waiting.expires_at_ms is not None and now.may_expire:
+            expires_in_ms = waiting.expires_at_ms - now.wall_ms
+            if expires_in_ms <= 0:
+                dead_letter = bool(waiting.dead_letter)
+                self._departures.expire(waiting.row, lane.number, Status.PENDING, dead_letter, now)
+                return None
+        fence = self._store.next_fence(now)
+        # Unary calls have no START, and at most once the hand-out is the START: both count now.
+        is_unary = request.kind is LeaseKind.UNARY
+        counts = is_unary or bool(waiting.at_most_once)
+        self._store.move(lane.number, Status.PENDING, Event.HANDED_OUT)
+        self._store.run(
+            "hand_out",
+            fence,
+            request.kind,
+            request.holder,
+            now.mono_ms + waiting.deadline_ms + self._store.policy.grace_ms if counts else None,
+            counts,
+            counts,
+            now.wall_ms if counts else None,
+            waiting.row,
+        )
+        if is_unary:
+            self._store.measure("received_to_started", now.wall_ms - waiting.received_at_ms)
+        return Lease(waiting.id, fence, waiting.activation, waiting.deadline_ms, expires_in_ms)
 
     # ---- what the holder says
 
@@ -146,10 +175,15 @@ class Leases:
         if leased.status is not Status.PROCESSING or leased.fence != ref.fence:
             return Verdict.SUPERSEDED
         if not leased.started:
-            end_ms = now.mono_ms + leased.deadline_ms + self._store.policy.grace_ms
-            self._store.run("start", int(not leased.counted), end_ms, now.wall_ms, leased.row)
-            self._store.measure("received_to_started", now.wall_ms - leased.received_at_ms)
+            self._begin(leased, now)
         return Verdict.APPLIED
+
+    def _begin(self, leased: Leased, now: Now) -> None:
+        end_ms = now.mono_ms + leased.deadline_ms + self._store.policy.grace_ms
+        self._store.run("start", not leased.counted, end_ms, now.wall_ms, leased.row)
+        self._store.measure("received_to_started", now.wall_ms - leased.received_at_ms)
+        leased.attempts += not leased.counted
+        leased.counted = leased.started = True
 
     def report(self, reports: Sequence[Report], now: Now) -> list[Verdict]:
         """Outcomes of leases. A late one counts as long as nobody else was given the row."""
@@ -157,48 +191,34 @@ class Leases:
 
     def _report(self, report: Report, now: Now) -> Verdict:
         leased = self._find(report.id)
-        if leased is None or leased.status is Status.GONE:
+        if leased is None:
             return Verdict.UNKNOWN
         newest = leased.kind == LeaseKind.UNARY if report.fence is None else leased.fence == report.fence
         if not newest or leased.status not in (Status.PROCESSING, Status.PENDING):
             return Verdict.SUPERSEDED
-        if report.fence is not None and leased.status is Status.PROCESSING and not leased.counted:
-            # The result overtook its START, or carried it: it started all the same.
-            self._store.run("start", 1, None, now.wall_ms, leased.row)
-            leased.attempts += 1
-            leased.counted = leased.started = True
-        error = report.error[:MAX_ERROR_CHARS]
-        match report.status:
-            case ReportStatus.COMPLETE:
-                status = self._store.move(leased.lane, leased.status, Event.COMPLETED)
-                self._departures.finish(leased.row, leased.lane, status, Outcome.COMPLETE, now)
-            case ReportStatus.FAILURE:
-                self._departures.fail(
-                    leased.row,
-                    leased.lane,
-                    leased.status,
-                    Event.FAILED,
-                    leased.dead_letter,
-                    now,
-                    report.reason or "failed",
-                    error,
-                )
-            case ReportStatus.RETRY:
-                status = self._store.move(leased.lane, leased.status, Event.RETRY_ASKED)
-                self._store.run(
-                    "leave",
-                    status,
-                    report.reason or "retry",
-                    error,
-                    report.max_attempts,
-                    report.delay_on_retry_s,
-                    leased.row,
-                )
-            case ReportStatus.CRASHED:
-                if leased.status is Status.PROCESSING:
-                    self._end(leased, now, "poison", error)
+        if leased.kind != LeaseKind.UNARY and leased.status is Status.PROCESSING and not leased.started:
+            self._begin(leased, now)  # the result overtook its START, or carried it: it started all the same
+        if report.status is ReportStatus.CRASHED:
+            if leased.status is Status.PROCESSING:
+                self._end(leased, now, "poison", report.error[:MAX_ERROR_CHARS])
+            return Verdict.APPLIED
+        self._finish(leased, report, now)
         self._store.measure("received_to_finished", now.wall_ms - leased.received_at_ms)
         return Verdict.APPLIED
+
+    def _finish(self, leased: Leased, report: Report, now: Now) -> None:
+        row, lane, before = leased.row, leased.lane, leased.status
+        reason, error = report.reason[:MAX_REASON_CHARS], report.error[:MAX_ERROR_CHARS]
+        if report.status is ReportStatus.COMPLETE:
+            status = self._store.move(lane, before, Event.COMPLETED)
+            self._departures.finish(row, lane, status, now)
+        elif report.status is ReportStatus.FAILURE:
+            reason = reason or "failed"
+            self._departures.fail(row, lane, before, Event.FAILED, leased.dead_letter, now, reason, error)
+        else:
+            status = self._store.move(lane, before, Event.RETRY_ASKED)
+            follow = (report.max_attempts, report.delay_on_retry_s)
+            self._store.run("leave", status, reason or "retry", error, *follow, row)
 
     def hand_back(self, refs: Sequence[Ref], now: Now) -> list[Verdict]:
         """The holder did not start these, or never got them: they wait again, their attempt undone."""
@@ -264,21 +284,6 @@ class Leases:
         )
 
     def _find(self, id_: str) -> Leased | None:
+        """The row; None when there is none, or only its tombstone."""
         found = self._store.one("leased", id_)
-        if found is None:
-            return None
-        row, status, lane, fence, kind, holder, attempts, counted, started, at_most_once, *rest = found
-        return Leased(
-            row,
-            Status(status),
-            lane,
-            fence,
-            kind,
-            holder,
-            attempts,
-            bool(counted),
-            bool(started),
-            bool(at_most_once),
-            bool(rest[0]),
-            *rest[1:],
-        )
+        return None if found is None else Leased(*found)

@@ -24,9 +24,6 @@ ON CONFLICT (lane, status) DO UPDATE SET count = excluded.count
 -- name: recount
 SELECT lane, status, count(*) FROM inflight GROUP BY lane, status
 
--- name: last_seq
-SELECT coalesce(max(seq), 0) FROM inflight
-
 -- name: insert
 INSERT INTO inflight (id, status, lane, seq, taskname, topic, partition, offset, record_key, activation,
   received_at_ms, stored_at_ms, due_at_ms, expires_at_ms, deadline_ms, retry_attempts, dead_letter,
@@ -35,7 +32,7 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO NOTHING
 
 -- name: waiting_in_lane
-SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, attempts, received_at_ms
+SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms
 FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?
 
 -- name: hand_out
@@ -44,9 +41,9 @@ UPDATE inflight SET status = 5, fence = ?, lease_kind = ?, holder = ?, lease_end
 WHERE row = ?
 
 -- name: leased
-SELECT row, status, lane, fence, lease_kind, holder, attempts, counted, started, at_most_once, dead_letter,
-  deadline_ms, received_at_ms, started_at_ms
-FROM inflight WHERE id = ?
+SELECT row, status, lane, fence, lease_kind, attempts, counted, started, at_most_once, dead_letter,
+  deadline_ms, received_at_ms
+FROM inflight WHERE id = ? AND status <> 12
 
 -- name: start
 UPDATE inflight SET started = 1, counted = 1, attempts = attempts + ?, lease_end_mono_ms = ?, started_at_ms = ?
@@ -74,7 +71,7 @@ SELECT id FROM inflight WHERE status = 5 AND lease_end_mono_ms <= ? ORDER BY lea
 SELECT id, fence FROM inflight WHERE status = 5 AND holder = ?
 
 -- name: held
-SELECT id FROM inflight WHERE status = 5 ORDER BY row LIMIT ?
+SELECT id FROM inflight WHERE status = 5 LIMIT ?
 
 -- name: holders
 SELECT DISTINCT holder FROM inflight WHERE status = 5 AND holder IS NOT NULL
@@ -89,7 +86,7 @@ SELECT row, lane FROM inflight WHERE status = 2 AND due_at_ms <= ? ORDER BY due_
 UPDATE inflight SET status = 1, seq = ? WHERE row = ?
 
 -- name: expiring
-SELECT row, status, lane, dead_letter, received_at_ms FROM inflight
+SELECT row, status, lane, dead_letter FROM inflight
 WHERE status IN (1, 2, 3) AND expires_at_ms IS NOT NULL AND expires_at_ms <= ?
 ORDER BY expires_at_ms LIMIT ?
 
@@ -99,7 +96,7 @@ SELECT row, id, status, activation, record_key, topic, partition, offset, retry_
 FROM inflight WHERE status IN (7, 8, 9) AND stuck IS NULL ORDER BY row LIMIT ?
 
 -- name: settling
-SELECT row, status, lane, reason, error FROM inflight WHERE id = ?
+SELECT row, status, lane, reason, error FROM inflight WHERE id = ? AND status <> 12
 
 -- name: stick
 UPDATE inflight SET stuck = ? WHERE id = ?

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import apsw
 import outcome
 
 from taskd.activation.lifecycle import Event, Status, after
@@ -25,6 +26,7 @@ from taskd.groupcommit import Write
 from taskd.inflight.base import Depth, Policy
 
 SCHEMA_VERSION = 1
+KEPT_FREE_PAGES = 8_192  # 32 MB that will be filled again are not worth giving back
 
 
 @dataclass(slots=True)
@@ -60,23 +62,29 @@ class SqliteStore:
     """
 
     def __init__(self, path: Path, now: Now, policy: Policy) -> None:
-        self.db = open_database(path)
         self.path = path
         self.policy = policy
         self.queries = load_queries()
         self.on_commit: Callable[[Changes], None] = lambda changes: None
-        self._migrate()
-        self.store_id = self._meta("store_id") or self._new_store_id()
-        self.last_fence = int(self._meta("last_fence") or 0)
-        self._saved_fence = self.last_fence
-        self.last_seq: int = self.one("last_seq")[0]
         self.lanes: dict[int, Lane] = {}
         self._by_name: dict[tuple[str, str], Lane] = {}
-        self._load_lanes()
         self._write = Changes()
         self._batch = Changes()
-        # Monotonic clocks do not survive a reboot: every lease begins again at full length.
-        self.db.execute(self.queries["restart_leases"], (now.mono_ms + policy.grace_ms,))
+        self.db = open_database(path)
+        try:
+            self._migrate()
+            self.store_id = self._meta("store_id") or self._new_store_id()
+            self.last_fence = int(self._meta("last_fence") or 0)
+            self.last_seq = int(self._meta("last_seq") or 0)
+            self._load_lanes()
+            self.used_bytes = self._measure_used()
+            # Monotonic clocks do not survive a reboot: every lease begins again at full length.
+            self.run("restart_leases", now.mono_ms + policy.grace_ms)
+        except BaseException as error:
+            self.db.close()
+            if isinstance(error, apsw.Error):
+                raise _unusable(path, error) from error
+            raise
 
     def close(self) -> None:
         self.db.close()
@@ -88,12 +96,10 @@ class SqliteStore:
         self._batch = Changes()
         tracked = [partial(self._tracked, write) for write in writes]
         try:
-            results = apply_in_one_transaction(self.db, [*tracked, self._save_counters])
-            results.pop().unwrap()
+            results = apply_in_one_transaction(self.db, tracked, before_commit=self._save_counters)
         except BaseException:
             self._undo(self._batch)
             raise
-        self._saved_fence = self.last_fence
         self.on_commit(self._batch)
         return results
 
@@ -119,8 +125,10 @@ class SqliteStore:
         ]
         if rows:
             self.db.executemany(self.queries["write_depth"], rows)
-        if self.last_fence != self._saved_fence:
+        if self._batch.counts:  # else no row moved, so none took a fence or a number either
             self.run("write_meta", "last_fence", str(self.last_fence))
+            self.run("write_meta", "last_seq", str(self.last_seq))
+            self.used_bytes = self._measure_used()
 
     # ---- statements
 
@@ -169,6 +177,19 @@ class SqliteStore:
             self.lanes[number] = self._by_name[application, namespace] = lane
             self._write.lanes.append(lane)
         return lane
+
+    # ---- room
+
+    def _measure_used(self) -> int:
+        pages: int = self.db.pragma("page_count") - self.db.pragma("freelist_count")
+        return pages * int(self.db.pragma("page_size"))
+
+    def shrink(self, max_pages: int) -> None:
+        """Give free pages back to the disk once they are a large part of the file."""
+        free = self.db.pragma("freelist_count")
+        if free > max(self.db.pragma("page_count") // 4, KEPT_FREE_PAGES):
+            # One page for each step; without fetching, only the first is given back.
+            self.db.execute(f"PRAGMA incremental_vacuum({max_pages:d})").fetchall()
 
     def depths(self) -> list[Depth]:
         """Rows by lane and status; what is empty is left out."""
@@ -225,6 +246,14 @@ class SqliteStore:
             self.lanes[number] = self._by_name[application, namespace] = lane
         for number, status, count in self.run("depths"):
             self.lanes[number].counts[Status(status)] = count
+
+
+def _unusable(path: Path, error: apsw.Error) -> StartupError:
+    return StartupError(
+        f"{path} cannot be used as a store: {type(error).__name__}: {error}. "
+        "Restore it from a copy, or move it away to begin with an empty one.",
+        exit_code=73,
+    )
 
 
 def load_queries() -> dict[str, str]:

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
 import trio
 
-from taskd.activation.lifecycle import Status
+from taskd.activation.lifecycle import LEAVING, Status
 from taskd.clock import Clock, Now
 from taskd.groupcommit import Committer, InlineCommitter, OnBatch, open_group_commit
 from taskd.inflight.arrivals import Arrivals
@@ -33,6 +34,8 @@ from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import Changes, SqliteStore
 
 T = TypeVar("T")
+
+log = structlog.get_logger("taskd.inflight")
 
 
 class Wake:
@@ -127,10 +130,10 @@ class Inflight:
     def claimable(self, application: str | None, namespaces: Collection[str]) -> bool:
         """Whether a claim with these filters would find a row; costs no transaction."""
         return any(
-            depth.status is Status.PENDING
-            and (application is None or depth.application == application)
-            and (not namespaces or depth.namespace in namespaces)
-            for depth in self._store.depths()
+            lane.counts[Status.PENDING] > 0
+            and (application is None or lane.application == application)
+            and (not namespaces or lane.namespace in namespaces)
+            for lane in list(self._store.lanes.values())
         )
 
     def counts(self) -> Counter[Status]:
@@ -141,9 +144,8 @@ class Inflight:
         return total
 
     def size_bytes(self) -> int:
-        """Of the database file and its write-ahead log."""
-        wal = self._store.path.with_name(self._store.path.name + "-wal")
-        return sum(path.stat().st_size for path in (self._store.path, wal) if path.exists())
+        """Of what is stored. Pages that were freed do not count: the file keeps them for what comes."""
+        return self._store.used_bytes
 
     def watch_all(self) -> Wake:
         """A wake-up for each commit that moved any row."""
@@ -152,7 +154,7 @@ class Inflight:
     def watch_claimable(self) -> Wake:
         """A wake-up for each commit that may have made a row claimable."""
         if self._store.policy.strict_order_namespaces:  # there, an ended lease frees the next row
-            return self.watch(Status.PENDING, Status.GONE, Status.RETRY, Status.FAILURE)
+            return self.watch(Status.PENDING, *LEAVING)
         return self.watch(Status.PENDING)
 
     def watch(self, *statuses: Status) -> Wake:
@@ -174,7 +176,10 @@ class Inflight:
             if not entered.isdisjoint(statuses):
                 wake.set()
         for observe in self.observers:
-            observe(changes)
+            try:
+                observe(changes)
+            except Exception:  # the rows are durable: who only watches must not make them look failed
+                log.exception("an observer of the store failed")
 
     def _describe(self, id_: str) -> Description:
         found = self._store.one("describe", id_)

@@ -48,7 +48,7 @@ def decode_status_update(raw: bytes) -> StatusUpdate:
     """SetTaskStatusRequest. Raises Undecodable."""
     id_ = ""
     status = 0
-    fetch_next: Filter | None = None
+    fetch_next: bytes | None = None
     max_attempts: int | None = None
     delay_on_retry_s: int | None = None
     for number, wire_type, value, _, _ in fields(raw):
@@ -56,7 +56,7 @@ def decode_status_update(raw: bytes) -> StatusUpdate:
             if number == 1:
                 id_ = _text(value)
             elif number == 3:
-                fetch_next = decode_filter(value)
+                fetch_next = (fetch_next or b"") + value  # parts of one message, merged by concatenation
         elif wire_type == VARINT and isinstance(value, int):
             if number == 2:
                 status = value & UINT32_MAX
@@ -64,7 +64,8 @@ def decode_status_update(raw: bytes) -> StatusUpdate:
                 max_attempts = value & UINT32_MAX
             elif number == 5:
                 delay_on_retry_s = min(value, MAX_DURATION_S)
-    return StatusUpdate(id_, status, fetch_next, max_attempts, delay_on_retry_s)
+    wanted = None if fetch_next is None else decode_filter(fetch_next)
+    return StatusUpdate(id_, status, wanted, max_attempts, delay_on_retry_s)
 
 
 def decode_status_batch(raw: bytes) -> list[StatusUpdate]:

@@ -2,7 +2,7 @@
 
 Last value wins, as protobuf demands, unknown fields are passed over, and so is a field whose wire
 type is not the schema's. Absurd numbers are brought into range here, in one place: durations end at
-`MAX_DURATION_S`, unknown enum values count as unspecified.
+`MAX_DURATION_S`, unknown enum values count as unspecified, a time before 1970 is 1970.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ UINT32_MAX = 2**32 - 1
 
 @dataclass(slots=True)
 class Envelope:
-    """The fields that decide an activation's way. Durations in seconds; `received_at_ms` is wall clock."""
+    """The fields that decide an activation's way. Durations in seconds; `received_at_ms` is wall clock.
+
+    Without a policy in its retry state, an activation that fails is discarded and at_most_once is off.
+    """
 
     id: str = ""
     namespace: str = ""
@@ -53,6 +56,7 @@ class Envelope:
     dead_letter: bool = False
     at_most_once: bool = False
     delay_on_retry_s: int | None = None
+    on_attempts_exceeded: int = 0
 
 
 @dataclass(slots=True)
@@ -100,13 +104,13 @@ def _read(envelope: Envelope, number: int, wire_type: int, value: int | bytes) -
     if wire_type == LENGTH:
         assert isinstance(value, bytes)
         if number == ID:
-            envelope.id = _text(value, "id")
+            envelope.id = _name(value, "id", MAX_ID_BYTES)
         elif number == NAMESPACE:
-            envelope.namespace = _text(value, "namespace")
+            envelope.namespace = _name(value, "namespace", MAX_NAME_BYTES)
         elif number == TASKNAME:
-            envelope.taskname = _text(value, "taskname")
+            envelope.taskname = _name(value, "taskname", MAX_NAME_BYTES)
         elif number == APPLICATION:
-            envelope.application = _text(value, "application")
+            envelope.application = _name(value, "application", MAX_NAME_BYTES)
         elif number == RECEIVED_AT:
             envelope.received_at_ms = _timestamp_ms(value, envelope.received_at_ms)
         elif number == RETRY_STATE:
@@ -132,7 +136,7 @@ def _read_retry_state(envelope: Envelope, raw: bytes) -> None:
         elif number == MAX_ATTEMPTS:
             envelope.max_attempts = value & UINT32_MAX
         elif number == ON_ATTEMPTS_EXCEEDED:
-            envelope.dead_letter = value & UINT32_MAX == ON_ATTEMPTS_EXCEEDED_DEADLETTER
+            envelope.on_attempts_exceeded = value & UINT32_MAX
         elif number == AT_MOST_ONCE:
             envelope.at_most_once = value != 0
         elif number == DELAY_ON_RETRY:
@@ -144,12 +148,17 @@ def _checked(envelope: Envelope) -> Envelope:
         raise Undecodable("the activation has no id")
     if not envelope.taskname:
         raise Undecodable("the activation has no task name")
-    if len(envelope.id) > MAX_ID_BYTES:
-        raise Undecodable(f"the id has {len(envelope.id)} characters, at most {MAX_ID_BYTES} are taken")
-    for name in ("namespace", "taskname", "application"):
-        if len(getattr(envelope, name)) > MAX_NAME_BYTES:
-            raise Undecodable(f"the {name} is longer than {MAX_NAME_BYTES} characters")
+    policy = envelope.on_attempts_exceeded
+    envelope.dead_letter = policy == ON_ATTEMPTS_EXCEEDED_DEADLETTER
+    if policy not in (ON_ATTEMPTS_EXCEEDED_DISCARD, ON_ATTEMPTS_EXCEEDED_DEADLETTER):
+        envelope.at_most_once = False
     return envelope
+
+
+def _name(value: bytes, name: str, limit_bytes: int) -> str:
+    if len(value) > limit_bytes:
+        raise Undecodable(f"the {name} has {len(value)} bytes, at most {limit_bytes} are taken")
+    return _text(value, name)
 
 
 def _text(value: bytes, name: str) -> str:
@@ -168,7 +177,7 @@ def _timestamp_ms(raw: bytes, before_ms: int | None) -> int | None:
             seconds = signed(value)
         elif wire_type == VARINT and number == 2:
             assert isinstance(value, int)
-            nanos = value & UINT32_MAX
+            nanos = max(signed(value), 0)
     limit = 253_402_300_799  # end of the year 9999, the last a protobuf Timestamp may name
     return min(max(seconds, 0), limit) * 1000 + min(nanos, 999_999_999) // 1_000_000
 

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
 from taskd.errors import Undecodable
+from taskd.wire.envelope import MAX_DURATION_S, UINT32_MAX
 from taskd.wire.protobuf import LENGTH, VARINT, bytes_field, fields, text_field, varint, varint_field
 
 VERSION = 1  # of the stream; hello carries the range a worker speaks
@@ -169,14 +170,17 @@ def decode_broker_frame(raw: bytes) -> BrokerFrame:
 
 
 def _decode(raw: bytes, readers: dict[int, Callable[[bytes], T]]) -> T:
-    frame: T | None = None
+    kind = 0
+    body = b""
     for number, wire_type, value, _, _ in fields(raw):
         if number in readers and wire_type == LENGTH:
             assert isinstance(value, bytes)
-            frame = readers[number](value)
-    if frame is None:
+            # Of a oneof the last counts; parts of the same message are merged by concatenation.
+            body = body + value if number == kind else value
+            kind = number
+    if not kind:
         raise Undecodable("a frame of a kind that this version does not know")
-    return frame
+    return readers[kind](body)
 
 
 # ---- parts, each beside its reader; proto3 leaves out what has its default value
@@ -228,8 +232,8 @@ def _hello(frame: Hello) -> bytes:
 def _read_hello(raw: bytes) -> Hello:
     values = _values(raw)
     return Hello(
-        version_min=_int(values, 1),
-        version_max=_int(values, 2),
+        version_min=_uint32(values, 1),
+        version_max=_uint32(values, 2),
         worker_id=_str(values, 3),
         pool=_str(values, 4),
         application=_str(values, 5) if 5 in values else None,
@@ -252,7 +256,7 @@ def _result(result: Result) -> bytes:
 
 def _read_result(raw: bytes) -> Result:
     values = _values(raw)
-    number = _int(values, 3)
+    number = _uint32(values, 3)
     if number not in _RESULT_STATUSES:
         raise Undecodable(f"a result has status {number}; expected 1 to 4")
     return Result(
@@ -261,8 +265,8 @@ def _read_result(raw: bytes) -> Result:
         status=ResultStatus(number),
         reason=_str(values, 4),
         error=_str(values, 5),
-        max_attempts=_int(values, 6) if 6 in values else None,
-        delay_on_retry_s=_int(values, 7) if 7 in values else None,
+        max_attempts=_uint32(values, 6) if 6 in values else None,
+        delay_on_retry_s=min(_int(values, 7), MAX_DURATION_S) if 7 in values else None,
     )
 
 
@@ -294,7 +298,7 @@ def _read_assignment(raw: bytes) -> Assignment:
 
 def _read_welcome(raw: bytes) -> Welcome:
     values = _values(raw)
-    return Welcome(version=_int(values, 1), store_id=_str(values, 2), lease_ms=_int(values, 3))
+    return Welcome(version=_uint32(values, 1), store_id=_str(values, 2), lease_ms=_uint32(values, 3))
 
 
 def _values(raw: bytes) -> dict[int, int | bytes]:
@@ -316,6 +320,10 @@ def _int(values: dict[int, int | bytes], number: int) -> int:
     return value
 
 
+def _uint32(values: dict[int, int | bytes], number: int) -> int:
+    return _int(values, number) & UINT32_MAX
+
+
 def _str(values: dict[int, int | bytes], number: int) -> str:
     value = values.get(number, b"")
     if not isinstance(value, bytes):
@@ -332,7 +340,7 @@ def _decoded(value: bytes) -> str:
 
 _WORKER_FRAMES: dict[int, Callable[[bytes], WorkerFrame]] = {
     1: _read_hello,
-    2: lambda raw: Credit(_int(_values(raw), 1)),
+    2: lambda raw: Credit(_uint32(_values(raw), 1)),
     3: lambda raw: Started(_read_leases(raw)),
     4: lambda raw: Results(tuple(_read_result(chunk) for chunk in _repeated(raw, 1))),
     5: lambda raw: HandBack(_read_leases(raw)),

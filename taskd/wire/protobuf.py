@@ -26,28 +26,41 @@ def fields(raw: bytes, start: int = 0, end: int | None = None) -> Iterator[Field
     stop = len(raw) if end is None else end
     while position < stop:
         begin = position
-        key, position = read_varint(raw, position, stop)
+        key = raw[position]
+        # Keys, lengths and numbers of one byte are the rule: read here, without a call.
+        if key < 0x80:
+            position += 1
+        else:
+            key, position = read_varint(raw, position, stop)
         number, wire_type = key >> 3, key & 7
         if number == 0 or number > 536_870_911:  # the largest number of the protobuf specification
             raise Undecodable(f"field number {number} at byte {begin} is not a valid one")
         if wire_type == VARINT:
-            value, position = read_varint(raw, position, stop)
+            if position < stop and raw[position] < 0x80:
+                value = raw[position]
+                position += 1
+            else:
+                value, position = read_varint(raw, position, stop)
             yield number, wire_type, value, begin, position
             continue
         if wire_type == LENGTH:
-            length, position = read_varint(raw, position, stop)
+            if position < stop and raw[position] < 0x80:
+                size = raw[position]
+                position += 1
+            else:
+                size, position = read_varint(raw, position, stop)
         elif wire_type == FIXED64:
-            length = 8
+            size = 8
         elif wire_type == FIXED32:
-            length = 4
+            size = 4
         else:
             raise Undecodable(f"wire type {wire_type} at byte {begin} is not one that proto3 uses")
-        if length > stop - position:
+        if size > stop - position:
             raise Undecodable(
-                f"field {number} at byte {begin} claims {length} bytes, {stop - position} are left"
+                f"field {number} at byte {begin} claims {size} bytes, {stop - position} are left"
             )
-        chunk = raw[position : position + length]
-        position += length
+        chunk = raw[position : position + size]
+        position += size
         if wire_type == LENGTH:
             yield number, wire_type, chunk, begin, position
         else:
