@@ -94,7 +94,11 @@ class ProcessSpawner:
     async def open(self) -> AsyncIterator[Child]:
         child = self._start()
         try:
-            await self._await_ready(child)
+            try:
+                await self._await_ready(child)
+            except BaseException:
+                child.kill()
+                raise
             yield child
         finally:
             with trio.CancelScope(shield=True):

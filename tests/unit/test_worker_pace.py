@@ -1,0 +1,40 @@
+"""How far ahead a worker takes work."""
+
+from __future__ import annotations
+
+from taskd.worker.pace import MAX_AHEAD, Pace
+
+
+def paced(*durations_s: float) -> Pace:
+    pace = Pace()
+    for duration_s in durations_s:
+        pace.observe(duration_s)
+    return pace
+
+
+def test_nothing_is_taken_ahead_before_anything_is_known() -> None:
+    assert Pace().prefetch([0, 0], 256) == 0
+    assert Pace().ahead() == 0
+
+
+def test_prefetch_covers_fifty_milliseconds_per_slot() -> None:
+    assert paced(0.001).prefetch([0, 0], 1_000) == 100
+    assert paced(0.001).prefetch([0, 0], 64) == 64
+    assert paced(0.05).prefetch([0, 0], 256) == 2
+    assert paced(1.0).prefetch([0, 0], 256) == 0
+
+
+def test_ahead_is_for_quick_tasks_only() -> None:
+    assert paced(0.0).ahead() == MAX_AHEAD
+    assert paced(0.01).ahead() == 2
+    assert paced(0.1).ahead() == 0
+
+
+def test_a_task_that_is_still_running_counts_for_what_it_shows() -> None:
+    assert paced(0.001).prefetch([10.0, 10.0], 256) == 0
+    assert paced(0.001).prefetch([10.0, 0.0], 256) == 50
+
+
+def test_one_slow_task_is_forgotten_after_some_quick_ones() -> None:
+    pace = paced(10.0, *[0.0001] * 60)
+    assert pace.prefetch([0, 0], 256) > 100

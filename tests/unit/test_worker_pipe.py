@@ -1,0 +1,96 @@
+"""The protocol between worker and child: everything arrives whole, junk is refused, buffers stay small."""
+
+from __future__ import annotations
+
+import msgpack  # type: ignore[import-untyped]
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import taskd.worker.entry_pipe as pipe
+
+numbers = st.integers(0, 2**32)
+texts = st.text(max_size=100)
+optional = st.none() | numbers
+verdicts = st.builds(pipe.Verdict, st.integers(1, 4), texts, texts, optional, optional)
+reports = st.one_of(
+    st.builds(pipe.Ready, st.lists(texts).map(tuple), st.lists(st.tuples(texts, texts)).map(tuple)),
+    st.builds(pipe.Started, numbers, verdicts, st.booleans()),
+    st.builds(pipe.Done, numbers, verdicts, numbers, st.booleans()),
+    st.builds(pipe.Expired, numbers),
+)
+
+
+@given(st.lists(reports), st.integers(1, 50))
+def test_reports_survive_any_cutting_of_the_stream(sent: list[pipe.Report], size: int) -> None:
+    stream = b"".join(map(pipe.encode_report, sent))
+    splitter = pipe.Splitter(pipe.MAX_REPORT_BYTES)
+    received: list[pipe.Report] = []
+    for start in range(0, len(stream), size):
+        splitter.feed(stream[start : start + size])
+        received += map(pipe.decode_report, splitter)
+    assert received == sent
+
+
+@given(st.binary(), optional)
+def test_work_survives(activation: bytes, start_by_ns: int | None) -> None:
+    splitter = pipe.Splitter(pipe.MAX_WORK_BYTES)
+    splitter.feed(pipe.encode_work(pipe.Work(activation, start_by_ns)))
+    (frame,) = splitter
+    assert pipe.decode_work(frame) == pipe.Work(activation, start_by_ns)
+
+
+@given(st.binary())
+def test_junk_raises_nothing_but_protocol_violation(junk: bytes) -> None:
+    splitter = pipe.Splitter(pipe.MAX_REPORT_BYTES)
+    splitter.feed(junk)
+    try:
+        for frame in splitter:
+            pipe.decode_report(frame)
+        pipe.decode_report(junk)
+    except pipe.ProtocolViolation:
+        pass
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        5,
+        [],
+        [9, 1],
+        ["x"],
+        [2],
+        [2, -1, [1, "", "", None, None], False],
+        [2, 1, [9, "", "", None, None], False],
+        [2, 1, [1, "", "", None], False],
+        [2, 1, [1, 5, "", None, None], False],
+        [2, 1, [1, "", "", "x", None], False],
+        [3, 1, [1, "", "", None, None]],
+        [1, 5, []],
+        [1, [], [["only one"]]],
+        [[], 1],
+    ],
+)
+def test_malformed_reports_are_refused(parts: object) -> None:
+    with pytest.raises(pipe.ProtocolViolation):
+        pipe.decode_report(msgpack.packb(parts))
+
+
+def test_a_length_above_the_limit_is_refused_at_once() -> None:
+    splitter = pipe.Splitter(100)
+    splitter.feed(b"\x00\x00\x00\x65")
+    with pytest.raises(pipe.ProtocolViolation, match="101 bytes, at most 100"):
+        list(splitter)
+
+
+def test_long_errors_keep_their_end() -> None:
+    text = pipe.cut("x" * 10_000 + "ValueError: why")
+    assert len(text) == pipe.MAX_ERROR_CHARACTERS
+    assert text.endswith("ValueError: why")
+    assert pipe.cut("short") == "short"
+
+
+def test_too_late() -> None:
+    assert not pipe.is_too_late(pipe.Work(b""))
+    assert not pipe.is_too_late(pipe.Work(b"", pipe.start_by_ns(60)))
+    assert pipe.is_too_late(pipe.Work(b"", pipe.start_by_ns(-1)))

@@ -1,0 +1,92 @@
+"""What a worker owes to a store, whatever becomes of connections."""
+
+from __future__ import annotations
+
+from taskd.wire.frames import HandBack, LeaseRef, Result, Results, ResultStatus, Started
+from taskd.worker.results import MAX_RESULTS_PER_FRAME, Account, Job
+
+
+def job(account: Account, id_: str, fence: int = 1) -> Job:
+    made = Job(account, LeaseRef(id_, fence), b"", 10, None, 0)
+    assert account.accept(made)
+    return made
+
+
+def complete(id_: str, fence: int = 1) -> Result:
+    return Result(id_, fence, ResultStatus.COMPLETE)
+
+
+def test_a_result_implies_its_start() -> None:
+    account = Account("s")
+    quick, slow = job(account, "quick"), job(account, "slow")
+    account.start(quick)
+    account.start(slow)
+    account.finish(quick, complete("quick"))
+    assert account.news() == [Started((slow.lease,)), Results((complete("quick"),))]
+    account.finish(slow, complete("slow"))
+    assert account.news() == [Results((complete("slow"),))]
+    assert account.news() == []
+
+
+def test_a_crash_tells_its_start_once() -> None:
+    account = Account("s")
+    told, untold = job(account, "told"), job(account, "untold")
+    account.start(told)
+    account.news()
+    for crashed in (told, untold):
+        account.crash(crashed, Result(crashed.lease.id, 1, ResultStatus.CRASHED))
+    started, results = account.news()
+    assert started == Started((untold.lease,))
+    assert isinstance(results, Results)
+    assert len(results.results) == 2
+
+
+def test_everything_is_told_anew_after_a_lost_connection() -> None:
+    account = Account("s")
+    running, done, back = job(account, "running"), job(account, "done"), job(account, "back")
+    account.start(running)
+    account.start(done)
+    account.finish(done, complete("done"))
+    account.hand_back(back)
+    first = account.news()
+    assert HandBack((back.lease,)) in first
+    account.connection_lost()
+    assert set(account.holding) == {running.lease, done.lease, back.lease}
+    assert account.news() == [
+        Started((running.lease,)),
+        Results((complete("done"),)),
+        HandBack((back.lease,)),
+    ]
+
+
+def test_taken_results_are_forgotten() -> None:
+    account = Account("s")
+    done = job(account, "done")
+    account.finish(done, complete("done"))
+    account.news()
+    assert not account.settled
+    account.taken([done.lease, LeaseRef("unknown", 7)])
+    assert account.settled
+    account.connection_lost()
+    assert account.holding == ()
+    assert account.news() == []
+
+
+def test_a_lease_is_accepted_once() -> None:
+    account = Account("s")
+    first = job(account, "a")
+    assert not account.accept(first)
+    account.finish(first, complete("a"))
+    assert not account.accept(first)
+    job(account, "a", fence=2)
+
+
+def test_frames_of_results_are_bounded() -> None:
+    account = Account("s")
+    for number in range(MAX_RESULTS_PER_FRAME + 1):
+        account.finish(job(account, str(number)), complete(str(number)))
+    assert [len(frame.results) for frame in account.news() if isinstance(frame, Results)] == [1024, 1]
+    for number in range(400):
+        result = Result(f"e{number}", 1, ResultStatus.FAILURE, "error", "x" * 4_000)
+        account.finish(job(account, f"e{number}"), result)
+    assert len(account.news()) == 2
