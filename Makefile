@@ -2,8 +2,10 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-# trio-asyncio does not import on Python 3.14 yet, so the newest of these three is taken.
-PYTHON ?= $(shell for v in 3.13 3.12 3.11; do p=$$(command -v python$$v) && "$$p" -c '' 2>/dev/null && { echo $$p; break; }; done)
+# The newest that runs: a shim on PATH may stand for a Python that is not there. trio-asyncio does not
+# import on Python 3.14 yet.
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do p=$$(command -v python$$v) && "$$p" -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml requirements-*.txt 2>/dev/null | cksum | cut -d' ' -f1)
