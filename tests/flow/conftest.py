@@ -106,6 +106,7 @@ async def open_broker(
     limits: Limits | None = None,
     quiet_ms: int = 0,
     lease_ms: int = 30_000,
+    outlet: Any = None,
 ) -> AsyncIterator[TestBroker]:
     clock = TrioClock()
     log = log or MemoryLog(clock=clock)
@@ -118,7 +119,9 @@ async def open_broker(
     ):
         draining = trio.Event()
         presence = Presence(clock)
-        publisher = Publisher(inflight, writer.append, clock, Topics(DLQ), limit=100)
+        if outlet is not None:
+            outlet.append = writer.append
+        publisher = Publisher(inflight, outlet or writer.append, clock, Topics(DLQ), limit=100)
         settings = UpkeepSettings(1.0, quiet_ms, 100, lease_ms, 600_000, 1_000)
         broker = TestBroker(
             log=log,
@@ -137,6 +140,12 @@ async def open_broker(
         nursery.start_soon(broker.upkeep.run)
         yield broker
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(name="open_broker")
+def open_broker_fixture() -> Any:
+    """`open_broker(folder, log, policy=…, limits=…)` for tests that need a broker of their own."""
+    return open_broker
 
 
 @pytest.fixture

@@ -1,0 +1,129 @@
+"""Reading from the log: what is stored, when reading pauses, what happens to revoked partitions."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from taskd.activation.lifecycle import Status
+from taskd.errors import StoreError
+from taskd.inflight.base import Inserted
+from taskd.ingest.backpressure import Limits
+from taskd.testing.clock import START_WALL_MS
+
+Broker = Any  # tests/flow/conftest.py, which importlib mode does not import by name
+Clock = Any  # pytest-trio takes the clock among the test's own arguments only
+
+
+async def test_reading_pauses_at_the_limit_says_why_and_goes_on(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    async with open_broker(tmp_path, limits=Limits(max_pending_count=3)) as broker:
+        await broker.produce(*(broker.activation(f"id{n}") for n in range(10)))
+        await broker.settle()
+        assert broker.inflight.counts()[Status.PENDING] == 3
+        assert await broker.committed() == 3
+        assert "max_pending_count is 3" in broker.ingest.paused["pending"]
+        for n in range(10):
+            assert (await broker.get_task()).id == f"id{n}"
+            await broker.set_status(f"id{n}")
+            await broker.settle()
+        assert await broker.committed() == 10
+        assert broker.ingest.paused == {}
+
+
+async def test_too_much_handed_out_pauses_reading(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    async with open_broker(tmp_path, limits=Limits(max_processing_count=1)) as broker:
+        await broker.produce(broker.activation("a"))
+        await broker.settle()
+        await broker.get_task()
+        await trio.sleep(6)
+        await broker.produce(broker.activation("b"))
+        await broker.settle()
+        # The read that waited when the limit was reached may still have taken one batch.
+        await broker.produce(broker.activation("c"))
+        await broker.settle()
+        assert "processing" in broker.ingest.paused
+        await broker.set_status("a")
+        await broker.settle()
+        assert "processing" not in broker.ingest.paused
+
+
+async def test_delayed_rows_beyond_their_limit_wait_in_the_log(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    now = datetime.fromtimestamp(START_WALL_MS / 1000, UTC)
+    async with open_broker(tmp_path, limits=Limits(max_delay_count=2)) as broker:
+        await broker.produce(*(broker.activation(f"id{n}", delay=60, received_at=now) for n in range(5)))
+        await trio.sleep(5)
+        assert broker.inflight.counts()[Status.DELAYED] == 2
+        assert "delayed" in broker.ingest.paused
+        await trio.sleep(60)
+        assert broker.inflight.counts()[Status.PENDING] == 5
+
+
+async def test_nothing_is_committed_while_the_store_fails(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = broker.inflight.insert
+
+    async def failing(arrivals: object) -> Inserted:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(broker.inflight, "insert", failing)
+    await broker.produce(broker.activation("a"))
+    await trio.sleep(3)
+    assert await broker.committed() is None
+    assert "disk full" in broker.ingest.failing
+    monkeypatch.setattr(broker.inflight, "insert", insert)
+    await trio.sleep(6)
+    assert await broker.committed() == 1
+    assert broker.ingest.failing == ""
+    assert (await broker.get_task()).id == "a"
+
+
+async def test_a_revoked_partition_is_given_up_after_what_was_read_is_committed(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    await broker.produce(*(broker.activation(f"id{n}") for n in range(20)))
+    await broker.settle()
+    async with broker.log.open_reader(["taskd"], "taskd") as other:
+        await trio.sleep(1)
+        assert broker.reader.assigned.isdisjoint(other.assigned)
+        assert len(broker.reader.assigned | other.assigned) == 1
+        assert await other.read_batch(100, 1) == []  # all of it was committed before it was given up
+        await broker.produce(broker.activation("later"))
+        later = await other.read_batch(100, 1)
+    await trio.sleep(6)
+    assert (later == []) or [r.offset for r in later] == [20]
+    assert await broker.committed() == 21
+
+
+async def test_stop_ends_feeding_after_the_batch_in_hand(autojump_clock: Clock, broker: Broker) -> None:
+    await broker.produce(broker.activation("a"))
+    await broker.settle()
+    broker.ingest.stop()
+    await broker.settle()
+    await broker.produce(broker.activation("b"))
+    await trio.sleep(10)
+    assert await broker.committed() == 1
+
+
+async def test_activations_of_one_namespace_keep_their_order_and_none_blocks_another(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    await broker.produce(
+        *(broker.activation(f"hot{n}", namespace="hot") for n in range(50)),
+        broker.activation("calm", namespace="calm"),
+    )
+    await broker.settle()
+    handed_out = [(await broker.get_task()).id for _ in range(10)]
+    assert "calm" in handed_out[:2]
+    hot = [id_ for id_ in handed_out if id_ != "calm"]
+    assert hot == [f"hot{n}" for n in range(9)]

@@ -1,0 +1,86 @@
+"""Retries and dead letters when the log does not take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from taskd.activation.lifecycle import Status
+from taskd.errors import LogUnavailable
+from taskd.log.base import Outgoing, Position, Rejected
+from taskd.wire import consumer
+
+Broker = Any  # tests/flow/conftest.py, which importlib mode does not import by name
+Clock = Any  # pytest-trio takes the clock among the test's own arguments only
+
+
+class Gate:
+    """An outlet that answers as told."""
+
+    def __init__(self) -> None:
+        self.answer: Exception | None = None
+        self.append: Any = None
+        self.asked = 0
+
+    async def __call__(self, records: Sequence[Outgoing]) -> list[Position | Exception]:
+        self.asked += 1
+        if self.answer is not None:
+            return [self.answer for _ in records]
+        answers: list[Position | Exception] = await self.append(records)
+        return answers
+
+
+async def fail_one(broker: Broker) -> None:
+    await broker.produce(broker.activation("a", retry_state=broker.dead_letter_policy()))
+    await broker.settle()
+    await broker.get_task()
+    await broker.set_status("a", consumer.FAILURE)
+    await broker.settle()
+
+
+async def test_a_failed_publish_is_tried_again_and_health_says_so(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    gate = Gate()
+    gate.answer = LogUnavailable("away")
+    async with open_broker(tmp_path, outlet=gate) as broker:
+        await fail_one(broker)
+        await trio.sleep(60)
+        (found,) = await broker.inflight.describe(["a"])
+        assert found.status is Status.FAILURE
+        (publish,) = [duty for duty in broker.upkeep.duties if duty.name == "publish"]
+        assert "away" in publish.failing
+        assert 3 <= gate.asked < 20  # it backs off
+        gate.answer = None
+        await trio.sleep(60)
+        (found,) = await broker.inflight.describe(["a"])
+        assert (found.status, found.dead_lettered) == (Status.GONE, True)
+        assert publish.failing == ""
+
+
+async def test_what_can_never_be_published_is_kept_out_of_the_way(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    gate = Gate()
+    gate.answer = Rejected("too large")
+    async with open_broker(tmp_path, outlet=gate) as broker:
+        await fail_one(broker)
+        await trio.sleep(60)
+        (found,) = await broker.inflight.describe(["a"])
+        assert (found.status, found.error) == (Status.FAILURE, "too large")
+        assert gate.asked == 1
+
+
+async def test_one_failing_duty_holds_up_no_other(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    gate = Gate()
+    gate.answer = LogUnavailable("away")
+    async with open_broker(tmp_path, outlet=gate) as broker:
+        await fail_one(broker)
+        await broker.produce(broker.activation("b", delay=5))
+        await trio.sleep(8)
+        assert (await broker.get_task()).id == "b"
