@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import msgpack  # type: ignore[import-untyped]  # ships no type information
+import msgpack
 
 from taskd.errors import TaskdError
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 import trio
@@ -148,7 +149,7 @@ class Pool:
 
     # ---- life
 
-    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Pool]) -> None:
+    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
         async with trio.open_nursery() as nursery:
             for slot in self.slots:
                 nursery.start_soon(slot.run)
@@ -218,12 +219,12 @@ async def run_pool(
     name: str,
     *,
     stop: trio.Event,
-    task_status: trio.TaskStatus[Pool] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     spawner: Spawner | None = None,
     connect: Connector | None = None,
     rng: random.Random | None = None,
 ) -> None:
-    """Run one pool until `stop` is set and it has drained; started with the pool once its children are warm.
+    """Run one pool until `stop` is set and it has drained; started with its `Pool` once children are warm.
 
     Cancelling ends it at once: children are killed, and the leases of what they ran end at the
     brokers. `spawner` and `connect` are for tests; without, real processes and gRPC (inside

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+import taskd.worker.entry_pipe as pipe
 from taskd.config.schema import PoolSection
 from taskd.errors import StartupError
 from taskd.rpc.base import ClientStream
@@ -321,7 +322,7 @@ async def test_work_taken_back_is_skipped(tmp_path: Path) -> None:
         numbers: set[int] = set()
         with trio.fail_after(10):
             while 201 not in numbers:
-                numbers |= {r.number for r in await child.receive() if type(r).__name__ == "Done"}
+                numbers |= {r.number for r in await child.receive() if isinstance(r, pipe.Done)}
         assert numbers == {*range(1, 200 - taken + 1), 201}
         assert path.read_text().split() == [*map(str, range(200 - taken)), "last"]
 
@@ -372,6 +373,18 @@ async def test_children_die_with_their_worker(tmp_path: Path) -> None:
     worker.kill()
     await worker.wait()
     await gone(pid)
+
+
+async def test_children_are_started_by_a_thread_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child dies with the thread that started it (prctl(2)), and Trio's worker threads end when idle."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail("a thread was used")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", refuse)
+    monkeypatch.setattr("trio._subprocess.trio.to_thread.run_sync", refuse)
+    async with spawner().open() as child:
+        assert "tests:noop" in child.ready.tasks
 
 
 async def test_the_child_loads_no_daemon_libraries() -> None:
