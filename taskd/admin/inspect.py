@@ -26,9 +26,7 @@ class Inspect:
         except Exception as error:  # the generated code raises many kinds
             raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None
         if len(ids) > MAX_IDS:
-            raise Refused(
-                "INVALID_ARGUMENT", f"{len(ids)} ids asked for, at most {MAX_IDS} at once"
-            )
+            raise Refused("INVALID_ARGUMENT", f"{len(ids)} ids asked for, at most {MAX_IDS} at once")
         descriptions = await self._inflight.describe(ids)
         return bytes(GetStatusResponse(statuses=[_status(found) for found in descriptions]))
 

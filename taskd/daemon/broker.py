@@ -20,9 +20,9 @@ from taskd.clock import Clock, SystemClock
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure
 from taskd.daemon.health import BrokerHealth
+from taskd.database import hold_lock
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
-from taskd.database import hold_lock
 from taskd.errors import LogUnavailable
 from taskd.inflight.base import Policy
 from taskd.inflight.presence import Presence

@@ -28,7 +28,7 @@ class Partition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record as read. `timestamp_ms`: wall clock, milliseconds since 1970, set by the producer or the log."""
+    """One record as read. `timestamp_ms`: wall clock, milliseconds since 1970, of its producer or the log."""
 
     partition: Partition
     offset: int
@@ -110,7 +110,7 @@ class Reader(Protocol):
     def resume(self, partitions: Collection[Partition]) -> None: ...
 
     async def seek(self, partition: Partition, offset: int) -> None:
-        """Read on from `offset`; the next batch holds nothing of before. Out of range: `offset_reset` applies."""
+        """Read on from `offset`; the next batch holds nothing before it. Out of range: `offset_reset`."""
         ...
 
     async def seek_to_time(self, partition: Partition, timestamp_ms: int) -> None:
