@@ -30,7 +30,7 @@ def answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
-    except ConnectionRefusedError:
+    except OSError:  # refused, or reset while its process is dying
         return False
     return True
 
