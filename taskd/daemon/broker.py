@@ -163,7 +163,10 @@ class Broker:
             **health_services(lambda name: known[name]() if name in known else None),
         }
         if self._config.log.kind == "embedded":
-            services.update(LogService(self._outlet, frozenset(_topics(self._config))).services)
+            consumed = frozenset(
+                {self._config.log.topic, self._config.log.retry_topic or self._config.log.topic}
+            )
+            services.update(LogService(self._outlet, consumed).services)
         return services
 
     # ---- feeding

@@ -38,7 +38,15 @@ def broker_duties(
     async def become_due() -> int:
         return await inflight.become_due(limit)
 
+    may_expire = True
+
     async def expire() -> int:
+        nonlocal may_expire
+        was, may_expire = may_expire, clock.now().may_expire
+        if was != may_expire:
+            log.warning(
+                "expiry goes on" if may_expire else "the wall clock was set: expiry pauses for 5 minutes"
+            )
         return await inflight.expire(limit)
 
     async def end_overdue() -> int:

@@ -175,7 +175,7 @@ def _unpack(data: bytes) -> object:
         return msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=_refuse_ext)
     except Exception as error:  # msgpack raises a dozen types, TypeError for an unhashable key among them
         raise Undecodable(
-            f"expected parameters in msgpack, found {data[:8].hex()}… ({len(data)} bytes): {error!r}"
+            f"expected parameters in msgpack, found {data[:8].hex()}… ({len(data)} bytes): {type(error).__name__}"
         ) from error
 
 
