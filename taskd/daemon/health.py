@@ -52,6 +52,8 @@ class BrokerHealth:
         stuck = self._stuck(self.ingest.last_progress_mono_ms)
         if stuck:
             return PartHealth(False, stuck)
+        if self.reader is not None and not self.reader.assigned:
+            return PartHealth(True, "has no partitions, or not yet")
         return PartHealth(True, "; ".join(f"reading pauses: {why}" for why in self.ingest.paused.values()))
 
     def _duties(self) -> PartHealth:

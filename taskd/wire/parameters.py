@@ -174,8 +174,10 @@ def _unpack(data: bytes) -> object:
         # Dicts with numbers as keys are common arguments. Lengths are bounded by the size of the data.
         return msgpack.unpackb(data, raw=False, strict_map_key=False, ext_hook=_refuse_ext)
     except Exception as error:  # msgpack raises a dozen types, TypeError for an unhashable key among them
+        # ExtraData would print the payload, which belongs neither in logs nor in dead letters' headers.
+        why = "more than one value" if isinstance(error, msgpack.ExtraData) else repr(error)
         raise Undecodable(
-            f"expected parameters in msgpack, found {data[:8].hex()}… ({len(data)} bytes): {type(error).__name__}"
+            f"expected parameters in msgpack, found {data[:8].hex()}… ({len(data)} bytes): {why}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import logging
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ from taskd.wire.frames import ResultStatus
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 65_536
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 EXIT_PIPES_BROKEN = 74  # EX_IOERR of sysexits.h
 _STATUS = {
     "complete": int(ResultStatus.COMPLETE),
@@ -107,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _bind_to_parent(arguments.parent)
     pipes = Pipes(arguments.work, arguments.tokens, arguments.reports)
     _guard_forks(pipes)
+    # What tasks log must be seen; a plugin that wants it otherwise configures logging when imported.
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
         pipes.report(_load(arguments.tasks))
         pipes.flush()
