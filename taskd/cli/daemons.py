@@ -1,0 +1,143 @@
+"""`taskd broker`, `taskd worker`, `taskd dev`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from taskd.cli import flags
+
+if TYPE_CHECKING:
+    import trio
+
+    from taskd.config.schema import WorkerConfig
+    from taskd.daemon.broker import BrokerAddresses
+
+
+def broker(
+    config: flags.Config = None,
+    data_dir: flags.DataDir = None,
+    rpc_port: flags.RpcPort = None,
+    http_port: flags.HttpPort = None,
+) -> None:
+    """Run a broker: it reads the log, keeps what is in flight, and hands it to workers.
+
+    SIGTERM or Ctrl-C drains it: what workers still run is waited for, then it exits with 0. A second
+    signal stops it now (exit code 143 or 130); nothing that was acknowledged is lost either way.
+
+    ```
+    taskd broker --config /etc/taskd/broker.yaml
+    TASKD_LOG__KIND=kafka TASKD_LOG__KAFKA__ADDRESS=kafka:9092 taskd broker
+    ```
+    """
+    from functools import partial
+
+    from taskd.config.loader import load_broker_config
+    from taskd.telemetry.logs import setup_logging
+
+    overrides = {"data_dir": data_dir, "rpc.port": rpc_port, "http.port": http_port}
+    settings = load_broker_config(config, overrides)
+    setup_logging(settings.log_level, settings.log_format)
+
+    from taskd.daemon.broker import run_broker
+
+    _run(partial(run_broker, settings))
+
+
+def worker(
+    pool: Annotated[str, typer.Option(metavar="NAME", help="Section of `pools` in the configuration.")] = (
+        "default"
+    ),
+    config: flags.Config = None,
+    broker: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A broker to work for; may be repeated.", show_default=False),
+    ] = None,
+    slots: flags.Slots = None,
+) -> None:
+    """Run a worker: it takes activations from brokers and runs each in a child process.
+
+    SIGTERM or Ctrl-C drains it: what was not started is handed back, what runs is finished and reported.
+
+    ```
+    taskd worker --pool default --config /etc/taskd/worker.yaml
+    taskd worker --broker 10.0.0.5:50051 --broker 10.0.0.6:50051 --slots 8
+    ```
+    """
+    from functools import partial
+
+    from taskd.config.loader import load_worker_config, pool_of
+    from taskd.telemetry.logs import setup_logging
+
+    # Without the flags first: a flag must not make up the pool that it speaks of.
+    pool_of(load_worker_config(config, {}), pool)
+    settings = load_worker_config(config, {"pools": {pool: {"brokers": broker or None, "slots": slots}}})
+    setup_logging(settings.log_level, settings.log_format)
+
+    from taskd.daemon.worker import run_worker
+
+    _run(partial(run_worker, settings, pool))
+
+
+def dev(
+    config: flags.Config = None,
+    data_dir: flags.DataDir = None,
+    rpc_port: flags.RpcPort = None,
+    http_port: flags.HttpPort = None,
+    slots: flags.Slots = None,
+) -> None:
+    """Run a broker and a worker together, on the embedded log, for development.
+
+    Everything lies in ./taskd-data; delete that folder to start afresh. `--config` is a broker's file.
+
+    ```
+    taskd dev
+    taskd dev --data-dir /tmp/try --rpc-port 0 --http-port 0 --slots 4
+    ```
+    """
+    from taskd.config.loader import load_broker_config, load_worker_config
+    from taskd.telemetry.logs import setup_logging
+
+    overrides = {"data_dir": data_dir, "rpc.port": rpc_port, "http.port": http_port}
+    settings = load_broker_config(config, overrides)
+    pools: WorkerConfig = load_worker_config(None, {"pools": {"default": {"slots": slots}}})
+    setup_logging(settings.log_level, settings.log_format)
+
+    from taskd.daemon.dev import run_dev
+
+    async def both(*, stop: trio.Event) -> None:
+        import trio
+
+        async with trio.open_nursery() as nursery:
+
+            async def start(task_status: trio.TaskStatus[BrokerAddresses]) -> None:
+                await run_dev(settings, pools, stop=stop, task_status=task_status)
+
+            addresses = await nursery.start(start)
+            _greet(settings.rpc.host, addresses.rpc_port, settings.http.host, addresses.http_port)
+
+    _run(both)
+
+
+def _greet(rpc_host: str, rpc_port: int, http_host: str, http_port: int) -> None:
+    typer.echo(
+        f"taskd dev is ready: broker {rpc_host}:{rpc_port}, health http://{http_host}:{http_port}/readyz\n"
+        f"  taskd plugins list\n"
+        f'  taskd submit demo:add --kwargs \'{{"a": 2, "b": 3}}\' --wait --broker {rpc_host}:{rpc_port}\n'
+        "Ctrl-C stops it.",
+        err=True,
+    )
+
+
+def _run(root: Callable[..., Awaitable[None]]) -> None:
+    import trio
+
+    from taskd.signals import stop_on_signals
+
+    async def until_stopped() -> None:
+        async with stop_on_signals() as stop:
+            await root(stop=stop)
+
+    trio.run(until_stopped)
