@@ -79,9 +79,7 @@ class IllegalTransition(TaskdError):
     def __init__(self, status: Status | None, event: Event) -> None:
         where = "not in the store" if status is None else status.word
         legal = ", ".join(e.value for (s, e) in TRANSITIONS if s is status) or "nothing"
-        super().__init__(
-            f"an activation that is {where} cannot be {event.value}; what can happen to it: {legal}"
-        )
+        super().__init__(f"{event.value} cannot happen to an activation that is {where}; what can: {legal}")
 
 
 _S, _E = Status, Event

@@ -47,7 +47,7 @@ class Arrivals:
             event = Event.ARRIVED_UNDECODABLE
         elif expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
             event = Event.ARRIVED_EXPIRED
-        elif due_at_ms > now.wall_ms:
+        elif arrival.delay_s and due_at_ms > now.wall_ms:  # a producer's clock ahead of ours is no delay
             event = Event.ARRIVED_DELAYED
         lane = store.lane_of(arrival.application, arrival.namespace)
         status = after(None, event)

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from taskd.activation.ids import raw_record_id, retry_id, scheduled_id
+
+
+def test_the_contracts_vectors() -> None:
+    assert retry_id("0f1e2d3c4b5a69788796a5b4c3d2e1f0", 1) == "1c664f684f258ccc3e72eebd91ef7845"
+    assert raw_record_id("events", 3, 42, 1767225600123) == "f75938c72727d2fbb7e5596ae85e8de8"
+    assert scheduled_id("nightly-report", 1767225600000) == "33047b853243a1388e86320cb6423681"
+
+
+def test_each_part_counts() -> None:
+    made = {
+        raw_record_id("events", 3, 42, 1),
+        raw_record_id("events", 34, 2, 1),
+        raw_record_id("event", 3, 42, 1),
+        raw_record_id("events", 3, 42, 2),
+        raw_record_id("events", 3, 4, 21),
+        retry_id("events", 342),
+        scheduled_id("events", 342),
+    }
+    assert len(made) == 7
+    assert all(len(id_) == 32 for id_ in made)
