@@ -1085,10 +1085,10 @@ class Walk:
             "SELECT lane.namespace, count(*) FROM inflight JOIN lane USING (lane) WHERE status = 5 "
             "AND namespace = 'strict' GROUP BY lane"
         ).fetchall()
-        assert all(count <= 1 for _, count in live)
+        assert {count for _, count in live} <= {1}
         for id_, fence, attempts in db.execute("SELECT id, fence, attempts FROM inflight WHERE status = 5"):
-            assert fence == self.newest[id_]
-            assert 0 <= attempts <= 3
+            assert fence == self.newest[str(id_)]
+            assert attempts in range(4)
         assert not db.execute("SELECT id FROM inflight WHERE attempts < 0").fetchall()
         assert not db.execute("SELECT id FROM inflight WHERE status != 5 AND holder IS NOT NULL").fetchall()
         assert not db.execute(

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from taskd import clock as clock_module
 from taskd.clock import EXPIRY_PAUSE_MS, Now, StepWatch, SystemClock
 
 WALL_MS = 1_767_225_600_000
@@ -62,8 +63,9 @@ def test_being_stopped_between_two_readings_is_no_step(monkeypatch: pytest.Monke
     """SIGSTOP for two minutes, just after the first clock was read."""
     mono_ms = iter([1_000, 121_000, 121_000, 121_001, 121_001])
     wall_ms = iter([WALL_MS, WALL_MS + 120_000, WALL_MS + 120_001])
-    monkeypatch.setattr(clock_module.time, "monotonic_ns", lambda: next(mono_ms) * 1_000_000)
-    monkeypatch.setattr(clock_module.time, "time_ns", lambda: next(wall_ms) * 1_000_000)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: next(mono_ms) * 1_000_000)
+    monkeypatch.setattr(time, "time_ns", lambda: next(wall_ms) * 1_000_000)
     clock = SystemClock()
-    assert clock.now() == Now(WALL_MS + 120_000, 121_000, True)
-    assert clock.now() == Now(WALL_MS + 120_001, 121_001, True)
+    readings = [clock.now(), clock.now()]
+    monkeypatch.undo()
+    assert readings == [Now(WALL_MS + 120_000, 121_000, True), Now(WALL_MS + 120_001, 121_001, True)]
