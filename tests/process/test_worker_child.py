@@ -107,6 +107,9 @@ class Broker:
         return [self.results.pop(item.id) for item in assignments]
 
 
+_OTHERS: set[int] = set()  # children of this process that were there before the test
+
+
 @asynccontextmanager
 async def open_pool(slots: int = 1) -> AsyncIterator[tuple[Broker, Pool]]:
     broker, stop = Broker(), trio.Event()
@@ -137,7 +140,7 @@ def open_descriptors() -> set[str]:
 
 
 def children() -> list[int]:
-    """Living and dead ones."""
+    """Worker's children of this process, living and dead ones; other tests may have started servers."""
     me = str(os.getpid())
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -145,9 +148,15 @@ def children() -> list[int]:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if fields[1] == me:
+        if fields[1] == me and int(stat.parent.name) not in _OTHERS:
             found.append(int(stat.parent.name))
     return found
+
+
+@pytest.fixture(autouse=True)
+def _others_known() -> None:
+    _OTHERS.clear()
+    _OTHERS.update(children())
 
 
 async def gone(pid: int) -> None:
