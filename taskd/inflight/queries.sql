@@ -87,13 +87,13 @@ UPDATE inflight SET status = 1, seq = ? WHERE row = ?
 
 -- name: expiring
 SELECT row, status, lane, dead_letter FROM inflight
-WHERE status IN (1, 2, 3) AND expires_at_ms IS NOT NULL AND expires_at_ms <= ?
+WHERE expires_at_ms IS NOT NULL AND status <= 3 AND expires_at_ms <= ?
 ORDER BY expires_at_ms LIMIT ?
 
 -- name: leaving
 SELECT row, id, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
   dead_letter, retry_max_attempts, retry_delay_s, reason, error, lane
-FROM inflight WHERE status IN (7, 8, 9) AND stuck IS NULL ORDER BY row LIMIT ?
+FROM inflight WHERE status BETWEEN 7 AND 9 AND stuck IS NULL ORDER BY row LIMIT ?
 
 -- name: settling
 SELECT row, status, lane, reason, error FROM inflight WHERE id = ? AND status <> 12
