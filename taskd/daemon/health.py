@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import trio
 
 from taskd.clock import Clock
-from taskd.ingest.loop import Ingest
-from taskd.log.base import Reader
+from taskd.daemon.feeding import Feeding
 from taskd.upkeep.duties import Upkeep
 from taskd.web.health import PartHealth
 
@@ -16,14 +15,13 @@ STUCK_AFTER_MS = 30_000  # every part gets on at least every few seconds, also w
 
 
 class BrokerHealth:
-    """What `/readyz` and the gRPC health service ask. The feeding parts come once the log is there."""
+    """What `/readyz` and the gRPC health service ask."""
 
-    def __init__(self, clock: Clock, upkeep: Upkeep, draining: trio.Event) -> None:
+    def __init__(self, clock: Clock, upkeep: Upkeep, feeding: Feeding, draining: trio.Event) -> None:
         self._clock = clock
         self._upkeep = upkeep
+        self._feeding = feeding
         self._draining = draining
-        self.ingest: Ingest | None = None
-        self.reader: Reader | None = None
 
     def parts(self) -> Mapping[str, PartHealth]:
         return {
@@ -40,21 +38,21 @@ class BrokerHealth:
         return PartHealth(self.serving(), "" if self.serving() else "stopping")
 
     def _log(self) -> PartHealth:
-        if self.reader is None:
+        reader = self._feeding.reader
+        if reader is None:
             return PartHealth(False, "not connected yet")
-        return PartHealth(self.reader.healthy, "" if self.reader.healthy else "the log cannot be reached")
+        return PartHealth(reader.healthy, "" if reader.healthy else "the log cannot be reached")
 
     def _ingest(self) -> PartHealth:
-        if self.ingest is None:
+        reader, ingest = self._feeding.reader, self._feeding.ingest
+        if reader is None or ingest is None:
             return PartHealth(False, "waits for the log")
-        if self.ingest.failing:
-            return PartHealth(False, self.ingest.failing)
-        stuck = self._stuck(self.ingest.last_progress_mono_ms)
-        if stuck:
-            return PartHealth(False, stuck)
-        if self.reader is not None and not self.reader.assigned:
+        trouble = ingest.failing or self._stuck(ingest.last_progress_mono_ms)
+        if trouble:
+            return PartHealth(False, trouble)
+        if not reader.assigned:
             return PartHealth(True, "has no partitions, or not yet")
-        return PartHealth(True, "; ".join(f"reading pauses: {why}" for why in self.ingest.paused.values()))
+        return PartHealth(True, "; ".join(f"reading pauses: {why}" for why in ingest.paused.values()))
 
     def _duties(self) -> PartHealth:
         troubles = [

@@ -1,0 +1,55 @@
+"""What each part is told of the configuration, in the part's own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from taskd.config.schema import BrokerConfig
+from taskd.inflight.base import Policy
+from taskd.ingest.backpressure import Limits
+from taskd.upkeep.table import UpkeepSettings
+
+
+def topics(config: BrokerConfig) -> Mapping[str, int]:
+    names = {config.log.topic, config.log.retry_topic or config.log.topic, config.log.deadletter_topic}
+    return dict.fromkeys(sorted(names), config.log.embedded.partitions)
+
+
+def policy(config: BrokerConfig) -> Policy:
+    store, dispatch = config.store, config.dispatch
+    return Policy(
+        max_processing_attempts=store.max_processing_attempts,
+        max_processing_deadline_ms=milliseconds_or_none(store.max_processing_deadline_s),
+        max_delay_ms=milliseconds_or_none(store.max_delay_s),
+        grace_ms=milliseconds(dispatch.processing_deadline_grace_s),
+        strict_order_namespaces=frozenset(dispatch.strict_order_namespaces),
+    )
+
+
+def limits(config: BrokerConfig) -> Limits:
+    store = config.store
+    return Limits(
+        max_pending_count=store.max_pending_count,
+        max_delay_count=store.max_delay_count,
+        max_processing_count=store.max_processing_count,
+        max_size_bytes=store.max_size_bytes,
+    )
+
+
+def upkeep_settings(config: BrokerConfig) -> UpkeepSettings:
+    return UpkeepSettings(
+        interval_s=config.upkeep.interval_s,
+        startup_quiet_ms=milliseconds(config.upkeep.startup_quiet_s),
+        max_rows=config.upkeep.max_rows_per_round,
+        lease_ms=milliseconds(config.dispatch.lease_s),
+        tombstone_ttl_ms=milliseconds(config.store.tombstone_ttl_s),
+        tombstone_max_count=config.store.tombstone_max_count,
+    )
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def milliseconds_or_none(seconds: float | None) -> int | None:
+    return None if seconds is None else milliseconds(seconds)
