@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))  # modules that tests here share; importlib mode adds none
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""What the kill tests share: a broker that comes back on its folder and port, workers with witness tasks,
+producers that do not give up, and the books at the end.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import recorded_tasks as tasks
+import trio
+from daemons import HERE, Daemon, Daemons, free_port, install_plugin, open_daemons
+from history import History, Line, Produced, named, parse, read_files
+
+from taskd import aio
+from taskd.admin.wait import Seen, get_status, wait_for
+from taskd.log.base import Outgoing, Position, Writer
+from taskd.producer.build import outgoing
+from taskd.producer.destination import open_remote_writer
+from taskd.rpc.client import connect
+
+TOPIC = "taskd"
+APPEND_WITHIN_S = 2.0
+SETTLE_WITHIN_S = 120.0
+STATUS_IDS = 500
+
+# Short times, so that what a fault delays is over soon. Nothing may depend on them.
+BROKER = {
+    "TASKD_UPKEEP__STARTUP_QUIET_S": "0.5",
+    "TASKD_UPKEEP__INTERVAL_S": "0.1",
+    "TASKD_DISPATCH__LEASE_S": "2",
+    "TASKD_DISPATCH__PROCESSING_DEADLINE_GRACE_S": "0.5",
+}
+
+MIXTURE = {"noop": 55, "nap": 8, "retried": 12, "fails": 8, "fails_once": 5, "once": 6, "delayed": 6}
+
+
+@dataclass(slots=True)
+class Books:
+    """What was produced and acknowledged; `attempts`: appends sent, those without an answer included."""
+
+    produced: list[Produced] = field(default_factory=list)
+    appends: int = 0
+    unanswered: int = 0
+
+
+class Scene:
+    """Opened by `open_scene`."""
+
+    def __init__(self, folder: Path, daemons: Daemons, settings: Mapping[str, str]) -> None:
+        self.data_dir = folder / "data"
+        self.record = folder / "record"
+        self.record.touch()
+        self.books = Books()
+        self.rpc_port = free_port()
+        self.address = f"127.0.0.1:{self.rpc_port}"
+        self.max_processing_attempts = int(settings.get("TASKD_STORE__MAX_PROCESSING_ATTEMPTS", "5"))
+        self._daemons = daemons
+        self._settings = BROKER | dict(settings)
+
+    # ---- processes
+
+    def broker(self) -> Daemon:
+        """A broker on the folder and port of this scene; not yet ready."""
+        ports = ("--rpc-port", str(self.rpc_port), "--http-port", "0")
+        return self._daemons.start("broker", "--data-dir", str(self.data_dir), *ports, more=self._settings)
+
+    def worker(self, slots: int = 2, **pool: str) -> Daemon:
+        """A worker of this broker. `pool`: further keys of its pool's section."""
+        more = {tasks.RECORD: str(self.record)}
+        more |= {f"TASKD_POOLS__DEFAULT__{key.upper()}": value for key, value in pool.items()}
+        return self._daemons.start("worker", "--broker", self.address, "--slots", str(slots), more=more)
+
+    # ---- producing
+
+    async def produce(self, rng: random.Random, most: int, enough: trio.Event) -> None:
+        """Append batches of the mixture until `most` are acknowledged, or `enough` is set."""
+        async with open_remote_writer(self.address, APPEND_WITHIN_S) as writer:
+            sent = 0
+            while sent < most and not enough.is_set():
+                batch = [make(rng) for _ in range(rng.randint(1, 30))]
+                await self.append(writer, batch)
+                sent += len(batch)
+                await trio.sleep(rng.uniform(0, 0.1))  # spreads the load over the run
+
+    async def append(self, writer: Writer, batch: Sequence[tuple[Produced, Outgoing]]) -> None:
+        """Append until each is acknowledged, as a producer that does not give up: the same bytes again."""
+        waiting = list(batch)
+        while waiting:
+            self.books.appends += 1
+            answers = await writer.append([record for _, record in waiting])
+            self.books.produced += [
+                produced
+                for (produced, _), answer in zip(waiting, answers, strict=True)
+                if isinstance(answer, Position)
+            ]
+            waiting = [
+                pair
+                for pair, answer in zip(waiting, answers, strict=True)
+                if not isinstance(answer, Position)
+            ]
+            if waiting:
+                self.books.unanswered += 1
+                await trio.sleep(0.05)
+
+    async def produce_these(self, *batch: tuple[Produced, Outgoing]) -> None:
+        async with open_remote_writer(self.address, APPEND_WITHIN_S) as writer:
+            await self.append(writer, batch)
+
+    # ---- the end
+
+    async def settle(self) -> dict[str, Seen]:
+        """Wait until everything produced has ended; what the broker says of all that ran."""
+        async with connect(self.address) as client:
+            ids = [produced.id for produced in self.books.produced]
+            finals = await wait_for(client, ids, timeout_s=SETTLE_WITHIN_S)
+            followed = {line.id for line in self.lines()} | {final.last_id for final in finals}
+            statuses: dict[str, Seen] = {}
+            unseen = sorted({*ids, *followed})
+            while unseen:
+                for start in range(0, len(unseen), STATUS_IDS):
+                    found = await get_status(client, unseen[start : start + STATUS_IDS])
+                    statuses.update({seen.id: seen for seen in found})
+                retries = {seen.continued_as for seen in statuses.values() if seen.continued_as}
+                unseen = sorted(retries - statuses.keys())
+            return statuses
+
+    def lines(self) -> list[Line]:
+        return parse(self.record.read_text())
+
+    async def close_the_books(self, broker: Daemon, *workers: Daemon) -> History:
+        """Wait for the end of everything, stop all in good order, read what they left, and judge it."""
+        statuses = await self.settle()
+        for worker in workers:
+            assert await worker.stopped() == 0, worker.tail()
+        assert await broker.stopped() == 0, broker.tail()
+        history = History(
+            self.books.produced,
+            self.lines(),
+            statuses,
+            read_files(self.data_dir),
+            self.max_processing_attempts,
+        )
+        problems = history.check()
+        print(history.report(), f"{self.books.unanswered} of {self.books.appends} appends failed", sep="; ")
+        assert not problems, named(problems)
+        return history
+
+    async def started(self, key: str) -> None:
+        """Until a task of this key has written START: files give no event to wait for."""
+        with trio.fail_after(SETTLE_WITHIN_S):
+            while f"START {key} " not in self.record.read_text():  # noqa: ASYNC110  # it is a file
+                await trio.sleep(0.02)
+
+
+def make(rng: random.Random, kind: str = "", **arguments: object) -> tuple[Produced, Outgoing]:
+    """One activation of the mixture, or of that kind, and the record that carries it."""
+    kind = kind or rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    key = f"{kind}-{rng.getrandbits(64):016x}"
+    if kind in ("nap", "once"):
+        arguments = {"seconds": round(rng.uniform(0.0, 0.1), 3)} | arguments
+    task = {"delayed": tasks.noop}.get(kind) or getattr(tasks, kind)
+    countdown = rng.randint(1, 2) if kind == "delayed" else None
+    call = task.to_call(kwargs={"key": key, **arguments}, countdown=countdown)
+    record = outgoing(call, time.time_ns() // 1_000_000, TOPIC)
+    return Produced(key, kind, call.id, record.value), record
+
+
+@asynccontextmanager
+async def open_scene(folder: Path, **settings: str) -> AsyncIterator[Scene]:
+    """`settings`: further ones of the broker, as environment variables."""
+    plugin = folder / "plugin"
+    install_plugin(plugin, "recorded-tasks", "recorded_tasks")
+    async with aio.open_loop(), open_daemons(folder, {"PYTHONPATH": f"{plugin}:{HERE}"}) as daemons:
+        yield Scene(folder, daemons, settings)
