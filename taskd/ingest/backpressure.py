@@ -18,7 +18,7 @@ class Limits:
     max_size_bytes: int = 3_000_000_000
 
 
-REASONS = ("pending", "delayed", "processing", "size")
+REASONS = ("pending", "delayed", "processing", "size", "application", "overflow")
 
 
 def full(counts: Counter[Status], size_bytes: int, limits: Limits) -> dict[str, str]:

@@ -15,13 +15,13 @@ MAX_ACTIVATION_BYTES = 10 * 1024 * 1024 - 1024
 def arrival_of(record: Record) -> Arrival:
     """Never raises for a record, whatever its bytes: see `Arrival.undecodable`."""
     if len(record.value) > MAX_ACTIVATION_BYTES:
-        return _poison(
+        return undecodable(
             record, f"{len(record.value)} bytes; at most {MAX_ACTIVATION_BYTES} can be handed to a worker"
         )
     try:
         envelope = scan(record.value)
     except Undecodable as error:
-        return _poison(record, str(error))
+        return undecodable(record, str(error))
     return Arrival(
         id=envelope.id,
         namespace=envelope.namespace,
@@ -42,7 +42,8 @@ def arrival_of(record: Record) -> Arrival:
     )
 
 
-def _poison(record: Record, why: str) -> Arrival:
+def undecodable(record: Record, why: str) -> Arrival:
+    """The arrival of a record that cannot be run: it goes to the dead letters, with the reason."""
     topic, partition = record.partition
     return Arrival(
         # Derived from its place in the log, so that reading it again finds it known.

@@ -14,6 +14,8 @@ from taskd.inflight.base import Arrival, Inserted
 from taskd.inflight.writer import Inflight
 from taskd.ingest.backpressure import REASONS, Limits, full, room, too_many_delayed
 from taskd.ingest.decode import arrival_of
+from taskd.ingest.overflow import Overflow
+from taskd.ingest.raw import Decode
 from taskd.log.base import Partition, Reader, Record, Revoked
 from taskd.telemetry import metrics
 
@@ -27,16 +29,27 @@ class Ingest:
     """Feeds one store from one reader. Cancelling `run` loses nothing; `stop` lets it finish its batch."""
 
     def __init__(
-        self, reader: Reader, inflight: Inflight, clock: Clock, *, limits: Limits, batch_max_records: int
+        self,
+        reader: Reader,
+        inflight: Inflight,
+        clock: Clock,
+        *,
+        limits: Limits,
+        batch_max_records: int,
+        decode: Decode = arrival_of,
+        overflow: Overflow | None = None,
     ) -> None:
         self._reader = reader
         self._inflight = inflight
         self._clock = clock
         self._limits = limits
         self._batch_max_records = batch_max_records
+        self._decode = decode
+        self._overflow = overflow
         self._flushing = trio.Lock()
         self._lost: set[Partition] = set()
-        self._stopping = trio.CancelScope()
+        self._stopped = False
+        self._waiting = trio.CancelScope()
         self.paused: dict[str, str] = {}
         self.failing = ""
         self.last_progress_mono_ms = clock.now().mono_ms
@@ -45,20 +58,31 @@ class Ingest:
         """Feed until `stop`; what was read by then is stored and committed first."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_assignments)
-            while not self._stopping.cancel_called:
+            while not self._stopped:
                 await self._read_once()
             nursery.cancel_scope.cancel()
 
+    def set_limits(self, limits: Limits) -> None:
+        """From the next batch on; a pause ends within a second when they leave room."""
+        self._limits = limits
+
     def stop(self) -> None:
-        self._stopping.cancel()
+        self._stopped = True
+        self._waiting.cancel()
+
+    def _unless_stopped(self) -> trio.CancelScope:
+        """For what may take long: `stop` cuts it short."""
+        self._waiting = trio.CancelScope()
+        if self._stopped:
+            self._waiting.cancel()
+        return self._waiting
 
     async def _read_once(self) -> None:
         self._progress()
         records: list[Record] = []
-        with self._stopping:
+        with self._unless_stopped():
             limit = await self._wait_for_room()
             records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
-        self._stopping = trio.CancelScope() if not self._stopping.cancel_called else self._stopping
         if not records:
             return
         async with self._flushing:
@@ -69,8 +93,11 @@ class Ingest:
     async def _store(self, records: Sequence[Record]) -> None:
         if not records:
             return
-        arrivals = [arrival_of(record) for record in records]
-        await self._wait_for_delayed(arrivals)
+        arrivals = None
+        with self._unless_stopped():
+            arrivals = await self._admitted([self._decode(record) for record in records])
+        if arrivals is None:
+            return  # stopped while there was no room: nothing is committed, so it is read again
         inserted = await self._insert(arrivals)
         self._count(records, arrivals, inserted)
         offsets = {record.partition: record.offset + 1 for record in records}
@@ -82,6 +109,13 @@ class Ingest:
                 "offsets not committed", error=str(error), offsets={str(p): o for p, o in offsets.items()}
             )
         self._progress()
+
+    async def _admitted(self, arrivals: list[Arrival]) -> list[Arrival]:
+        """Wait until the store has room for these; some may be sent elsewhere instead."""
+        if self._overflow is not None:
+            arrivals = await self._overflow.divert(arrivals, self._show, self._progress)
+        await self._wait_for_delayed(arrivals)
+        return arrivals
 
     async def _insert(self, arrivals: Sequence[Arrival]) -> Inserted:
         pause_s, longest_s = STORE_RETRY_S

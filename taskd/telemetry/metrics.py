@@ -41,6 +41,9 @@ def _histogram(name: str, about: str, buckets: Iterable[float], *labels: str) ->
 ingest_records = _counter(
     "taskd_ingest_records_total", "Records read from the log, by what became of them", "topic", "result"
 )
+ingest_overflowed = _counter(
+    "taskd_ingest_overflowed_total", "Records sent on to the overflow topic, their application's share full"
+)
 log_lag_records = _gauge("taskd_log_lag_records", "Records not read yet", "topic", "partition")
 backpressure = _gauge("taskd_backpressure", "1 while reading pauses for this reason", "reason")
 

@@ -19,6 +19,7 @@ from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.ingest.backpressure import Limits
 from taskd.ingest.loop import Ingest
+from taskd.ingest.overflow import Overflow
 from taskd.log.base import Outgoing, Partition, Reader, Record
 from taskd.log.memory import MemoryLog
 from taskd.testing.clock import TrioClock
@@ -107,6 +108,8 @@ async def open_broker(
     quiet_ms: int = 0,
     lease_ms: int = 30_000,
     outlet: Any = None,
+    share: int | None = None,
+    overflow_topic: str | None = None,
 ) -> AsyncIterator[TestBroker]:
     clock = TrioClock()
     log = log or MemoryLog(clock=clock)
@@ -123,11 +126,17 @@ async def open_broker(
             outlet.append = writer.append
         publisher = Publisher(inflight, outlet or writer.append, clock, Topics(DLQ), limit=100)
         settings = UpkeepSettings(1.0, quiet_ms, 100, lease_ms, 600_000, 1_000)
+        overflow = None
+        if share is not None:
+            overflow = Overflow(inflight, writer.append, max_rows=share, topic=overflow_topic)
+        ingest = Ingest(
+            reader, inflight, clock, limits=limits or Limits(), batch_max_records=100, overflow=overflow
+        )
         broker = TestBroker(
             log=log,
             inflight=inflight,
-            ingest=Ingest(reader, inflight, clock, limits=limits or Limits(), batch_max_records=100),
-            upkeep=Upkeep(broker_duties(inflight, publisher, presence, clock, settings), clock),
+            ingest=ingest,
+            upkeep=Upkeep(broker_duties(inflight, publisher, presence, clock, lambda: settings), clock),
             unary=UnaryDispatch(inflight, draining),
             stream=StreamDispatch(
                 inflight, presence, draining, lease_ms=lease_ms, max_assignments_per_frame=16
