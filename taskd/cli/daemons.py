@@ -29,7 +29,7 @@ def broker(
 
     ```
     taskd broker --config /etc/taskd/broker.yaml
-    TASKD_LOG__KIND=kafka TASKD_LOG__KAFKA__ADDRESS=kafka:9092 taskd broker
+    TASKD_LOG__KIND=kafka TASKD_LOG__CLUSTERS__DEFAULT__ADDRESS=kafka:9092 taskd broker
     ```
     """
     from functools import partial

@@ -55,6 +55,8 @@ def _sentence(model: type[Section], found: ErrorDetails) -> str:
     kind = found["type"]
     if kind == "extra_forbidden":
         return f"unknown key `{key}`{_nearest(model, location)}"
+    if kind == "missing":
+        return f"`{key}`: expected a value, found none"
     if kind in ("model_type", "model_attributes_type"):
         some = ", ".join(shape.keys_of(model, location)[:3])
         return f"`{key}`: expected a section with keys such as {some}, found {_shown(found['input'])}"

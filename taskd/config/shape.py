@@ -43,9 +43,16 @@ def _filled(model: type[Section], path: tuple[str, ...], value: object) -> objec
     if isinstance(value, Mapping):
         return {key: _filled(model, (*path, key), below) for key, below in value.items()}
     # A whole mapping of sections (`pools:`) that is empty is an error worth hearing of.
-    if value is None and _section(_annotation(model, path)) is not None:
+    if value is None and _section(_annotation(model, path)) is not None and not _may_be_none(model, path):
         return {}
     return value
+
+
+def _may_be_none(model: type[Section], path: tuple[str, ...]) -> bool:
+    """Whether the key is for `Section | None`, where null means none and not the defaults."""
+    section = _section(_annotation(model, path[:-1]))
+    known = section.model_fields.get(path[-1]) if section else None
+    return known is not None and type(None) in typing.get_args(known.annotation)
 
 
 def _annotation(model: type[Section], path: tuple[int | str, ...]) -> Any:

@@ -90,7 +90,7 @@ class Broker:
             inflight,
             self._feeding.append,
             clock,
-            Topics(config.log.deadletter_topic, config.log.retry_topic),
+            Topics(config.log.deadletter_topic, config.log.retries_to),
             limit=config.upkeep.max_rows_per_round,
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
         )
@@ -140,10 +140,7 @@ class Broker:
             **health_services(lambda name: known[name]() if name in known else None),
         }
         if self._config.log.kind == "embedded":
-            consumed = frozenset(
-                {self._config.log.topic, self._config.log.retry_topic or self._config.log.topic}
-            )
-            services.update(LogService(self._feeding, consumed).services)
+            services.update(LogService(self._feeding, frozenset(self._config.log.consumed)).services)
         return services
 
     # ---- draining

@@ -48,12 +48,13 @@ class Feeding:
     async def run(self) -> None:
         """Feed until `stop`, then stay for what is still to be published, until cancelled."""
         wanted = self._config.log
+        topic = next(iter(wanted.consumed.values()))
         try:
             await self._ensure_topics()
             async with (
                 self._log.open_writer() as writer,
                 self._log.open_reader(
-                    [wanted.topic], wanted.consumer_group, offset_reset=wanted.offset_reset
+                    list(wanted.consumed), topic.consumer_group, offset_reset=topic.offset_reset
                 ) as reader,
             ):
                 self._writer, self.reader = writer, reader
@@ -96,20 +97,17 @@ class Feeding:
 async def open_log(config: BrokerConfig, clock: Clock) -> AsyncIterator[Log]:
     wanted = config.log
     if wanted.kind == "embedded":
-        embedded = wanted.embedded
         async with open_embedded(
             config.data_dir,
-            partitions=embedded.partitions,
-            retention_s=embedded.retention_s,
-            max_record_bytes=embedded.max_record_bytes,
+            partitions=wanted.default_partitions,
+            retention_s=wanted.embedded.retention_s,
+            max_record_bytes=wanted.max_record_bytes,
             clock=clock,
             lock=False,  # the broker holds it for its store already
         ) as opened:
             yield opened
     else:
-        kafka = wanted.kafka
         yield KafkaLog(
-            kafka.address,
-            session_timeout_ms=kafka.session_timeout_ms,
-            max_message_bytes=kafka.max_message_bytes,
+            wanted.clusters[wanted.cluster_of(wanted.deadletter_topic)].address,
+            max_message_bytes=wanted.max_record_bytes,
         )

@@ -11,8 +11,12 @@ from taskd.upkeep.table import UpkeepSettings
 
 
 def topics(config: BrokerConfig) -> Mapping[str, int]:
-    names = {config.log.topic, config.log.retry_topic or config.log.topic, config.log.deadletter_topic}
-    return dict.fromkeys(sorted(names), config.log.embedded.partitions)
+    """Every topic there should be, with its partitions."""
+    wanted = config.log
+    names = {wanted.deadletter_topic: wanted.default_partitions}
+    return names | {
+        name: topic.partitions or wanted.default_partitions for name, topic in wanted.topics.items()
+    }
 
 
 def policy(config: BrokerConfig) -> Policy:

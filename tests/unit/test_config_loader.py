@@ -50,11 +50,11 @@ def test_environment_of_producers_and_of_workers_is_passed_over():
         "TASKD_TEST_KAFKA": "h:1",
         "TASKD_POOLS__DEFAULT__SLOTS": "9",
         "TASKD_DATA_DIR": "/srv/taskd",
-        "TASKD_LOG__TOPIC": "orders",
+        "TASKD_LOG__MAX_RECORD_BYTES": "7",
         "TASKD_LOG_LEVEL": "",
     }
     config = load_broker_config(None, {}, environ)
-    assert (config.data_dir, config.log.topic, config.log_level) == (Path("/srv/taskd"), "orders", "info")
+    assert (config.data_dir, config.log.max_record_bytes, config.log_level) == (Path("/srv/taskd"), 7, "info")
 
 
 def test_lists_in_the_environment():
@@ -94,24 +94,24 @@ def test_lists_in_the_environment():
         ),
         ("log:\n  kind: kafak\n", "`log.kind`: expected 'embedded' or 'kafka', found 'kafak' ({path}:2)"),
         (
-            "log: {topic: 7}\n",
-            "`log.topic`: expected text (put a number in quotes), found 7 ({path}:1)",
+            "log: {retry_topic: 7}\n",
+            "`log.retry_topic`: expected text (put a number in quotes), found 7 ({path}:1)",
         ),
         (
-            "log: {topic: a, deadletter_topic: a}\n",
-            "`log`: deadletter_topic must differ from topic and retry_topic, or dead letters would run again"
-            " ({path}:1)",
+            "log: {topics: {a: {}}, deadletter_topic: a}\n",
+            "`log`: deadletter_topic `a` must not be consumed, or dead letters would run again:"
+            " name another, or set its produce_only ({path}:1)",
         ),
         ("rpc: 7\n", "`rpc`: expected a section with keys such as host, port, found 7 ({path}:1)"),
         (
-            "log:\n  topic: a\n  topic: b\n",
-            "`log.topic`: given twice, on line 2 and on line 3; keep one ({path}:3)",
+            "log:\n  deadletter_topic: a\n  deadletter_topic: b\n",
+            "`log.deadletter_topic`: given twice, on line 2 and on line 3; keep one ({path}:3)",
         ),
         ("1: x\n", "{path}:1: expected a word as key, found 1; quote it"),
         ("- a\n", "{path}: expected a mapping of keys to values at the top, found a list"),
         ("text\n", "{path}: expected a mapping of keys to values at the top, found a single value"),
         (
-            "log:\n  topic: [a\n",
+            "log:\n  topics: [a\n",
             "{path}:3: not valid YAML: expected ',' or ']', but got '<stream end>'"
             " (while parsing a flow sequence)",
         ),
@@ -127,11 +127,11 @@ def test_one_problem_one_sentence(written, text, sentence):
 
 
 def test_problems_come_all_at_once_also_behind_an_unknown_key(written):
-    path = written("log: {topc: a, topic: b, deadletter_topic: b}\nrpc: {port: -1}\n")
+    path = written("log: {topcs: a, topics: {b: {}}, deadletter_topic: b}\nrpc: {port: -1}\n")
     message = refused(path, {"TASKD_STORE__MAX_SIZE_BYTES": "big"}, drain_grace_s=-1)
     assert len(message.splitlines()) == 5
-    assert "did you mean `topic`?" in message
-    assert "`log`: deadletter_topic must differ" in message
+    assert "did you mean `topics`?" in message
+    assert "`log`: deadletter_topic `b` must not be consumed" in message
     assert "(environment variable TASKD_STORE__MAX_SIZE_BYTES)" in message
     assert "found -1 (command line)" in message
 
@@ -145,8 +145,8 @@ def test_misspelt_sections_in_the_environment():
 
 
 def test_a_section_with_every_line_commented_out_is_empty(written):
-    assert load_broker_config(written("store:\n  # max_size_bytes: 1\nlog:\n"), {}, {}).log.topic == "taskd"
-    assert load_broker_config(written("# nothing\n"), {}, {}).log.topic == "taskd"
+    for text in ("store:\n  # max_size_bytes: 1\nlog:\n", "# nothing\n"):
+        assert load_broker_config(written(text), {}, {}).log.retries_to == "taskd"
 
 
 def test_anchors_and_merge_keys_are_not_repetitions(written):

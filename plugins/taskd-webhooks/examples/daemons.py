@@ -147,9 +147,8 @@ def settings(kafka: str | None, address: str) -> tuple[dict[str, Any], dict[str,
     name = f"taskd-demo-{secrets.token_hex(4)}"  # a cluster that is shared keeps the topics of the last run
     log = {
         "kind": "kafka",
-        "kafka": {"address": kafka},
-        "topic": name,
+        "clusters": {"default": {"address": kafka}},
+        "topics": {name: {"consumer_group": name}},
         "deadletter_topic": f"{name}-dlq",
-        "consumer_group": name,
     }
     return log, {"log": "kafka", "kafka": kafka, "topic": name}
