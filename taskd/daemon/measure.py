@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
 import trio
 
 from taskd.inflight.sqlite import Changes
@@ -12,6 +13,9 @@ from taskd.log.base import Reader
 from taskd.telemetry import metrics
 
 EVERY_S = 5.0
+LOOP_LAG_EVERY_S = 1.0
+
+log = structlog.get_logger("taskd.inflight")
 
 _DURATIONS = {
     "received_to_stored": metrics.received_to_stored_seconds,
@@ -21,7 +25,15 @@ _DURATIONS = {
 
 
 def count(changes: Changes) -> None:
-    """One committed transaction."""
+    """One committed transaction: its numbers, and at level debug a line for each transition."""
+    for transition in changes.transitions:
+        log.debug(
+            "transition",
+            id=transition.id,
+            event=transition.event.value,
+            before="" if transition.before is None else transition.before.word,
+            status=transition.status.word,
+        )
     for (event, status), times in changes.events.items():
         metrics.transitions.labels(event.value, status.word).inc(times)
     for reason, times in changes.discarded.items():
@@ -33,6 +45,14 @@ def count(changes: Changes) -> None:
 def committed(size: int, seconds: float) -> None:
     metrics.commit_batch_size.observe(size)
     metrics.commit_seconds.observe(seconds)
+
+
+async def watch_loop() -> None:
+    """Measure how late the event loop runs what is due, until cancelled."""
+    while True:
+        due = trio.current_time() + LOOP_LAG_EVERY_S
+        await trio.sleep_until(due)
+        metrics.loop_lag_seconds.observe(trio.current_time() - due)
 
 
 async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -> None:

@@ -76,7 +76,7 @@ class Arrivals:
         )
         if store.db.changes() == 0:
             return None
-        store.move(lane.number, None, event)
+        store.move(store.db.last_insert_rowid(), lane.number, None, event)
         store.measure("received_to_stored", now.wall_ms - received_at_ms)
         if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
             store.discard("expired")
@@ -88,7 +88,7 @@ class Arrivals:
         """Move delayed rows whose time has come to the end of their lanes. Returns how many."""
         rows = self._store.run("due", now.wall_ms, limit).fetchall()
         for row, lane in rows:
-            self._store.move(lane, Status.DELAYED, Event.BECAME_DUE)
+            self._store.move(row, lane, Status.DELAYED, Event.BECAME_DUE)
             self._store.run("become_due", self._store.next_seq(), row)
         return len(rows)
 

@@ -36,6 +36,7 @@ class LeaseKind(IntEnum):
     NONE = 0
     UNARY = 1
     STREAM = 2
+    PUSH = 3
 
 
 class ReportStatus(Enum):
@@ -73,6 +74,7 @@ class Policy:
     max_processing_deadline_ms: int | None = None
     max_delay_ms: int | None = None
     grace_ms: int = 3_000
+    claim_ms: int = 40_000  # how long a push may take, waiting for its turn included
     strict_order_namespaces: frozenset[str] = frozenset()
 
 

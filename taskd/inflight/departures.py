@@ -36,7 +36,7 @@ class Departures:
         error: str,
     ) -> None:
         """A row failed for good: keep it until its dead letter is published, or discard it at once."""
-        status = self._store.move(lane, before, event)
+        status = self._store.move(row, lane, before, event)
         if dead_letter:
             self._store.run("leave", status, reason, error, None, None, row)
         else:
@@ -59,7 +59,7 @@ class Departures:
         dead_lettered: bool = False,
     ) -> None:
         """Turn a row into its tombstone."""
-        self._store.move(lane, before, Event.SETTLED)
+        self._store.move(row, lane, before, Event.SETTLED)
         outcome = OUTCOMES[before].value
         self._store.run("gone", outcome, continued_as, dead_lettered, now.wall_ms, reason, error, row)
 

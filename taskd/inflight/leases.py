@@ -146,7 +146,7 @@ class Leases:
         # Unary calls have no START, and at most once the hand-out is the START: both count now.
         is_unary = request.kind is LeaseKind.UNARY
         counts = is_unary or bool(waiting.at_most_once)
-        self._store.move(lane.number, Status.PENDING, Event.HANDED_OUT)
+        self._store.move(waiting.row, lane.number, Status.PENDING, Event.HANDED_OUT)
         self._store.run(
             "hand_out",
             fence,
@@ -210,13 +210,13 @@ class Leases:
         row, lane, before = leased.row, leased.lane, leased.status
         reason, error = report.reason[:MAX_REASON_CHARS], report.error[:MAX_ERROR_CHARS]
         if report.status is ReportStatus.COMPLETE:
-            status = self._store.move(lane, before, Event.COMPLETED)
+            status = self._store.move(row, lane, before, Event.COMPLETED)
             self._departures.finish(row, lane, status, now)
         elif report.status is ReportStatus.FAILURE:
             reason = reason or "failed"
             self._departures.fail(row, lane, before, Event.FAILED, leased.dead_letter, now, reason, error)
         else:
-            status = self._store.move(lane, before, Event.RETRY_ASKED)
+            status = self._store.move(row, lane, before, Event.RETRY_ASKED)
             follow = (report.max_attempts, report.delay_on_retry_s)
             self._store.run("leave", status, reason or "retry", error, *follow, row)
 
@@ -230,7 +230,7 @@ class Leases:
             return Verdict.UNKNOWN
         if leased.status is not Status.PROCESSING or leased.fence != ref.fence or leased.started:
             return Verdict.SUPERSEDED
-        self._store.move(leased.lane, Status.PROCESSING, Event.HANDED_BACK)
+        self._store.move(leased.row, leased.lane, Status.PROCESSING, Event.HANDED_BACK)
         self._store.run("requeue", int(leased.counted), leased.row)
         return Verdict.APPLIED
 
@@ -269,7 +269,7 @@ class Leases:
         if leased.at_most_once:
             reason = "at_most_once"
         elif leased.attempts < self._store.policy.max_processing_attempts:
-            self._store.move(leased.lane, Status.PROCESSING, Event.LEASE_ENDED)
+            self._store.move(leased.row, leased.lane, Status.PROCESSING, Event.LEASE_ENDED)
             self._store.run("requeue", 0, leased.row)
             return
         self._departures.fail(

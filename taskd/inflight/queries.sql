@@ -110,6 +110,9 @@ SELECT row, lane FROM inflight WHERE status = 12 ORDER BY finished_at_ms LIMIT ?
 -- name: forget
 DELETE FROM inflight WHERE row = ?
 
+-- name: id_of
+SELECT id FROM inflight WHERE row = ?
+
 -- name: describe
 SELECT id, status, outcome, continued_as, dead_lettered, attempts, received_at_ms, finished_at_ms, reason, error,
   stuck

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 import outcome
@@ -37,6 +37,15 @@ class Lane:
     counts: Counter[Status] = field(default_factory=Counter)
 
 
+class Transition(NamedTuple):
+    """One move of one activation, for the log of transitions."""
+
+    id: str
+    before: Status | None
+    event: Event
+    status: Status
+
+
 @dataclass(slots=True)
 class Changes:
     """What one write, or one batch of them, changed beside the rows; undone when the rows are."""
@@ -46,6 +55,8 @@ class Changes:
     lanes: list[Lane] = field(default_factory=list)
     discarded: Counter[str] = field(default_factory=Counter)  # ended without a dead letter, by reason
     durations_ms: list[tuple[str, int]] = field(default_factory=list)  # (metric, value)
+    moves: list[tuple[int, Status | None, Event, Status]] = field(default_factory=list)  # (row, …), if traced
+    transitions: list[Transition] = field(default_factory=list)  # the same by id, once committed
 
     def absorb(self, other: Changes) -> None:
         self.events.update(other.events)
@@ -53,6 +64,7 @@ class Changes:
         self.lanes.extend(other.lanes)
         self.discarded.update(other.discarded)
         self.durations_ms.extend(other.durations_ms)
+        self.moves.extend(other.moves)
 
 
 class SqliteStore:
@@ -66,6 +78,7 @@ class SqliteStore:
         self.policy = policy
         self.queries = load_queries()
         self.on_commit: Callable[[Changes], None] = lambda changes: None
+        self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
         self._by_name: dict[tuple[str, str], Lane] = {}
         self._write = Changes()
@@ -100,6 +113,10 @@ class SqliteStore:
         except BaseException:
             self._undo(self._batch)
             raise
+        self._batch.transitions = [
+            Transition(self.one("id_of", row)[0], before, event, status)
+            for row, before, event, status in self._batch.moves
+        ]
         self.on_commit(self._batch)
         return results
 
@@ -142,9 +159,11 @@ class SqliteStore:
 
     # ---- the life cycle's one hook
 
-    def move(self, lane: int, before: Status | None, event: Event) -> Status:
+    def move(self, row: int, lane: int, before: Status | None, event: Event) -> Status:
         """The status `event` leads to, counted; the caller writes it. Raises IllegalTransition."""
         status = after(before, event)
+        if self.traced:
+            self._write.moves.append((row, before, event, status))
         self._write.events[event, status] += 1
         self._count(lane, before, -1)
         self._count(lane, status, +1)

@@ -147,6 +147,14 @@ class Inflight:
         """Of what is stored. Pages that were freed do not count: the file keeps them for what comes."""
         return self._store.used_bytes
 
+    def set_policy(self, policy: Policy) -> None:
+        """From the next write on, these limits hold; what was handed out keeps its deadline."""
+        self._store.policy = policy
+
+    def trace(self, on: bool) -> None:
+        """Whether observers are told every transition by id, at the price of a look-up each."""
+        self._store.traced = on
+
     def watch_all(self) -> Wake:
         """A wake-up for each commit that moved any row."""
         return self.watch(*Status)

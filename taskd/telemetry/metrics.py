@@ -78,6 +78,8 @@ received_to_finished_seconds = _histogram(
     "taskd_received_to_finished_seconds", "From received_at to the final status", _WAIT_S
 )
 
+loop_lag_seconds = _histogram("taskd_loop_lag_seconds", "How late the event loop runs what is due", _FAST_S)
+
 # upkeep
 retries_published = _counter("taskd_retries_published_total", "Retries published to the log")
 dead_letters = _counter("taskd_dead_letters_total", "Dead letters published", "reason")

@@ -84,3 +84,17 @@ async def test_one_failing_duty_holds_up_no_other(
         await broker.produce(broker.activation("b", delay=5))
         await trio.sleep(8)
         assert (await broker.get_task()).id == "b"
+
+
+async def test_every_transition_is_told_by_id_when_traced(autojump_clock: Clock, broker: Broker) -> None:
+    told: list[tuple[str, str, str]] = []
+    broker.inflight.observers.append(
+        lambda changes: told.extend((t.id, t.event.value, t.status.word) for t in changes.transitions)
+    )
+    broker.inflight.trace(True)
+    await broker.produce(broker.activation("a"))
+    await broker.settle()
+    await broker.get_task()
+    broker.inflight.trace(False)
+    await broker.set_status("a")
+    assert told == [("a", "arrived", "pending"), ("a", "handed_out", "processing")]
