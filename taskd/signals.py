@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import structlog
 import trio
 
-__all__ = ["stop_on_signals"]
+__all__ = ["hangups", "stop_on_signals"]
 
 log = structlog.get_logger("taskd.signals")
 
@@ -47,6 +47,16 @@ async def stop_on_signals() -> AsyncIterator[trio.Event]:
         log.exception("while stopping now")
     if insisted:
         raise SystemExit(128 + insisted[0])
+
+
+@contextmanager
+def hangups() -> Iterator[AsyncIterator[int]]:
+    """Give an iterator with one item for each SIGHUP; several that come at once may be one.
+
+    While the block lasts, SIGHUP ends nothing, also not when the terminal is closed.
+    """
+    with trio.open_signal_receiver(signal.SIGHUP) as received:
+        yield received
 
 
 async def _obey(

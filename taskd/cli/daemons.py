@@ -12,7 +12,7 @@ from taskd.cli import flags
 if TYPE_CHECKING:
     import trio
 
-    from taskd.config.schema import WorkerConfig
+    from taskd.config.schema import Section, WorkerConfig
     from taskd.daemon.broker import BrokerAddresses
 
 
@@ -27,8 +27,12 @@ def broker(
     SIGTERM or Ctrl-C drains it: what workers still run is waited for, then it exits with 0. A second
     signal stops it now (exit code 143 or 130); nothing that was acknowledged is lost either way.
 
+    SIGHUP reads the configuration again: limits, log level and other keys that can change hold at once,
+    the log names each key that needs a restart. An invalid file changes nothing.
+
     ```
     taskd broker --config /etc/taskd/broker.yaml
+    taskd config check /etc/taskd/broker.yaml && kill -HUP $(pidof -s taskd)
     TASKD_LOG__KIND=kafka TASKD_LOG__CLUSTERS__DEFAULT__ADDRESS=kafka:9092 taskd broker
     ```
     """
@@ -43,7 +47,7 @@ def broker(
 
     from taskd.daemon.broker import run_broker
 
-    _run(partial(run_broker, settings))
+    _run(partial(run_broker, settings), lambda: load_broker_config(config, overrides))
 
 
 def worker(
@@ -60,6 +64,8 @@ def worker(
     """Run a worker: it takes activations from brokers and runs each in a child process.
 
     SIGTERM or Ctrl-C drains it: what was not started is handed back, what runs is finished and reported.
+    SIGHUP reads the configuration again: the log level changes at once, the rest needs a restart, and
+    the log says so.
 
     ```
     taskd worker --pool default --config /etc/taskd/worker.yaml
@@ -73,12 +79,13 @@ def worker(
 
     # Without the flags first: a flag must not make up the pool that it speaks of.
     pool_of(load_worker_config(config, {}), pool)
-    settings = load_worker_config(config, {"pools": {pool: {"brokers": broker or None, "slots": slots}}})
+    overrides = {"pools": {pool: {"brokers": broker or None, "slots": slots}}}
+    settings = load_worker_config(config, overrides)
     setup_logging(settings.log_level, settings.log_format)
 
     from taskd.daemon.worker import run_worker
 
-    _run(partial(run_worker, settings, pool))
+    _run(partial(run_worker, settings, pool), lambda: load_worker_config(config, overrides))
 
 
 def dev(
@@ -131,13 +138,19 @@ def _greet(rpc_host: str, rpc_port: int, http_host: str, http_port: int) -> None
     )
 
 
-def _run(root: Callable[..., Awaitable[None]]) -> None:
+def _run(root: Callable[..., Awaitable[None]], load: Callable[[], Section] | None = None) -> None:
+    """Run until a signal stops it. With `load`, SIGHUP makes it read its configuration again."""
     import trio
 
-    from taskd.signals import stop_on_signals
+    from taskd.daemon.reload import Reloads
+    from taskd.signals import hangups, stop_on_signals
 
     async def until_stopped() -> None:
         async with stop_on_signals() as stop:
-            await root(stop=stop)
+            if load is None:
+                await root(stop=stop)
+                return
+            with hangups() as asked:
+                await root(stop=stop, reloads=Reloads(asked, load))
 
     trio.run(until_stopped)

@@ -15,8 +15,9 @@ from taskd import aio
 from taskd.activation.lifecycle import HELD
 from taskd.admin.inspect import Inspect
 from taskd.clock import Clock, SystemClock
+from taskd.config import live
 from taskd.config.schema import BrokerConfig
-from taskd.daemon import measure, settings
+from taskd.daemon import measure, notify, reload, settings
 from taskd.daemon.feeding import Feeding, open_log
 from taskd.daemon.health import BrokerHealth
 from taskd.database import hold_lock
@@ -30,6 +31,7 @@ from taskd.rpc.base import Services
 from taskd.rpc.health import health_services
 from taskd.rpc.server import serve
 from taskd.telemetry import metrics
+from taskd.telemetry.logs import setup_logging
 from taskd.upkeep.duties import Upkeep
 from taskd.upkeep.publish import Publisher, Topics
 from taskd.upkeep.table import broker_duties
@@ -53,21 +55,27 @@ async def run_broker(
     config: BrokerConfig,
     *,
     stop: trio.Event,
+    reloads: reload.Reloads[BrokerConfig] | None = None,
     task_status: trio.TaskStatus[BrokerAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a broker until `stop`, then drain. Started once everything listens.
 
+    `reloads` says when the configuration is to be read again.
     Raises StartupError when the data folder or a port cannot be had.
     """
     clock = SystemClock()
     metrics.asyncio_errors_from(lambda: aio.unhandled_errors)
     with hold_lock(config.data_dir / LOCK_FILE):
         async with aio.open_loop():
-            await _run_locked(config, clock, stop, task_status)
+            await _run_locked(config, clock, stop, reloads, task_status)
 
 
 async def _run_locked(
-    config: BrokerConfig, clock: Clock, stop: trio.Event, task_status: trio.TaskStatus[BrokerAddresses]
+    config: BrokerConfig,
+    clock: Clock,
+    stop: trio.Event,
+    reloads: reload.Reloads[BrokerConfig] | None,
+    task_status: trio.TaskStatus[BrokerAddresses],
 ) -> None:
     async with (
         open_log(config, clock) as activation_log,
@@ -76,7 +84,7 @@ async def _run_locked(
         ) as inflight,
     ):
         broker = Broker(config, clock, activation_log, inflight)
-        await broker.run(stop, task_status)
+        await broker.run(stop, reloads, task_status)
 
 
 class Broker:
@@ -94,7 +102,9 @@ class Broker:
             limit=config.upkeep.max_rows_per_round,
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
         )
-        duties = broker_duties(inflight, publisher, presence, clock, settings.upkeep_settings(config))
+        duties = broker_duties(
+            inflight, publisher, presence, clock, lambda: settings.upkeep_settings(self._config)
+        )
         self._upkeep = Upkeep(duties, clock)
         self._health = BrokerHealth(clock, self._upkeep, self._feeding, self._draining)
         self._unary = UnaryDispatch(inflight, self._draining)
@@ -106,8 +116,14 @@ class Broker:
             max_assignments_per_frame=config.dispatch.max_assignments_per_frame,
         )
         inflight.observers.append(measure.count)
+        inflight.trace(config.log_level == "debug")
 
-    async def run(self, stop: trio.Event, task_status: trio.TaskStatus[BrokerAddresses]) -> None:
+    async def run(
+        self,
+        stop: trio.Event,
+        reloads: reload.Reloads[BrokerConfig] | None,
+        task_status: trio.TaskStatus[BrokerAddresses],
+    ) -> None:
         rpc, http = self._config.rpc, self._config.http
         async with (
             serve(
@@ -117,8 +133,12 @@ class Broker:
         ):
             http_port = await serving.start(serve_http, http.host, http.port, self._health)
             serving.start_soon(self._upkeep.run)
+            serving.start_soon(measure.watch_loop)
             serving.start_soon(measure.keep_gauges, self._inflight, lambda: self._feeding.reader)
             serving.start_soon(self._feeding.run)
+            serving.start_soon(notify.keep_watchdog, self._health.stuck)
+            if reloads is not None:
+                serving.start_soon(reload.follow, reloads, lambda: self._config, self._apply, live.BROKER)
             log.info(
                 "broker listens",
                 rpc=f"{rpc.host}:{rpc_port}",
@@ -127,9 +147,22 @@ class Broker:
                 store=self._inflight.store_id,
             )
             task_status.started(BrokerAddresses(rpc_port, http_port))
+            notify.tell("READY=1")
             await stop.wait()
+            notify.tell("STOPPING=1")
             await self._drain()
             serving.cancel_scope.cancel()
+
+    def _apply(self, config: BrokerConfig) -> None:
+        """Let this configuration hold from now on, in what can change while running."""
+        was, self._config = self._config, config
+        self._inflight.set_policy(settings.policy(config))
+        self._feeding.set_config(config)
+        self._stream.lease_ms = settings.milliseconds(config.dispatch.lease_s)
+        self._stream.max_assignments_per_frame = config.dispatch.max_assignments_per_frame
+        if (was.log_level, was.log_format) != (config.log_level, config.log_format):
+            setup_logging(config.log_level, config.log_format)
+        self._inflight.trace(config.log_level == "debug")
 
     def _services(self) -> Services:
         known = {"": self._health.serving, consumer.SERVICE: self._health.serving}

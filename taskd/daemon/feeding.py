@@ -14,6 +14,7 @@ from taskd.daemon import settings
 from taskd.errors import LogUnavailable
 from taskd.inflight.writer import Inflight
 from taskd.ingest.loop import Ingest
+from taskd.ingest.overflow import Overflow
 from taskd.log.base import Log, Outgoing, Position, Reader, Writer
 from taskd.log.embedded import open_embedded
 from taskd.log.kafka import KafkaLog
@@ -64,6 +65,7 @@ class Feeding:
                     self._clock,
                     limits=settings.limits(self._config),
                     batch_max_records=self._config.ingest.batch_max_records,
+                    overflow=self._overflow(),
                 )
                 await self.ingest.run()
                 self.ended.set()
@@ -71,6 +73,23 @@ class Feeding:
         finally:
             self._writer = None
             self.ended.set()
+
+    def _overflow(self) -> Overflow | None:
+        share = self._config.ingest.max_application_share
+        if share == 1:
+            return None
+        return Overflow(
+            self._inflight,
+            self.append,
+            max_rows=max(int(self._config.store.max_pending_count * share), 1),
+            topic=self._config.ingest.overflow_topic,
+        )
+
+    def set_config(self, config: BrokerConfig) -> None:
+        """What ingest reads anew holds from the next batch on."""
+        self._config = config
+        if self.ingest is not None:
+            self.ingest.set_limits(settings.limits(config))
 
     async def stop(self) -> None:
         """Read nothing more, and wait until what was read is stored and committed."""

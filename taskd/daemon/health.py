@@ -34,6 +34,22 @@ class BrokerHealth:
     def serving(self) -> bool:
         return not self._draining.is_set()
 
+    def stuck(self) -> str:
+        """What a restart may mend, in words: a part that neither gets on nor fails.
+
+        An outage elsewhere is none; so `publish`, which waits for the log, does not count.
+        """
+        reader, ingest = self._feeding.reader, self._feeding.ingest
+        found = {
+            duty.name: self._stuck(duty.last_progress_mono_ms)
+            for duty in self._upkeep.duties
+            if duty.name != "publish" and not duty.failing
+        }
+        reading = reader is not None and reader.healthy and not self._feeding.ended.is_set()
+        if ingest is not None and reading and not ingest.failing:
+            found["ingest"] = self._stuck(ingest.last_progress_mono_ms)
+        return "; ".join(f"{name}: {trouble}" for name, trouble in found.items() if trouble)
+
     def _dispatch(self) -> PartHealth:
         return PartHealth(self.serving(), "" if self.serving() else "stopping")
 

@@ -29,6 +29,7 @@ from taskd.inflight.base import (
     Settlement,
     Verdict,
 )
+from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
 from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import Changes, SqliteStore
@@ -68,6 +69,7 @@ class Inflight:
         self._departures = departures
         self._arrivals = Arrivals(store, departures)
         self._leases = Leases(store, departures)
+        self._claims = Claims(store)
         self._watchers: list[tuple[frozenset[Status], Wake]] = []
         self.observers: list[Callable[[Changes], None]] = []
         self.last_commit_mono_ms = clock.now().mono_ms
@@ -99,6 +101,21 @@ class Inflight:
 
     async def holders(self) -> list[str]:
         return await self._submit(lambda now: self._leases.holders())
+
+    async def pushed(self, refs: Sequence[Ref]) -> list[Verdict]:
+        return await self._submit(lambda now: self._claims.pushed(refs, now))
+
+    async def unclaim(self, refs: Sequence[Ref]) -> list[Verdict]:
+        return await self._submit(lambda now: self._claims.unclaim(refs))
+
+    async def maybe_pushed(self, refs: Sequence[Ref]) -> list[Verdict]:
+        return await self._submit(lambda now: self._claims.maybe_pushed(refs, now))
+
+    async def end_overdue_claims(self, limit: int) -> int:
+        return await self._submit(lambda now: self._claims.end_overdue(limit, now))
+
+    async def park(self, served: Collection[str] | None, limit: int) -> int:
+        return await self._submit(lambda now: self._claims.park(served, limit))
 
     async def end_overdue(self, limit: int) -> int:
         return await self._submit(lambda now: self._leases.end_overdue(limit, now))
@@ -189,6 +206,11 @@ class Inflight:
             except Exception:  # the rows are durable: who only watches must not make them look failed
                 log.exception("an observer of the store failed")
 
+    def _undone(self) -> None:
+        """Whoever looked at the counters meanwhile saw what did not come to be, and has to look again."""
+        for _, wake in self._watchers:
+            wake.set()
+
     def _describe(self, id_: str) -> Description:
         found = self._store.one("describe", id_)
         if found is None:
@@ -237,13 +259,14 @@ async def open_inflight(
     try:
         if inline:
             inflight = Inflight(store, InlineCommitter(store.apply), clock)
-            store.on_commit = inflight._committed
+            store.on_commit, store.on_undo = inflight._committed, inflight._undone
             yield inflight
             return
         token = trio.lowlevel.current_trio_token()
         async with open_group_commit(store.apply, name="taskd-store", on_batch=on_batch) as committer:
             inflight = Inflight(store, committer, clock)
             store.on_commit = lambda changes: token.run_sync_soon(inflight._committed, changes)
+            store.on_undo = lambda: token.run_sync_soon(inflight._undone)
             yield inflight
     finally:
         store.close()

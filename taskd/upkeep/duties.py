@@ -25,13 +25,13 @@ log = structlog.get_logger("taskd.upkeep")
 class Duty:
     """One entry of the table. `round` handles at most `limit` rows and returns how many it handled.
 
-    A round begins every `every_s` seconds, and at once when `wake` is set.
+    A round begins every `every_s()` seconds, and at once when `wake` is set.
     """
 
     name: str
     round: Callable[[], Awaitable[int]]
     limit: int
-    every_s: float
+    every_s: Callable[[], float]
     wake: Wake | None = None
     failing: str = ""
     last_progress_mono_ms: int = 0
@@ -71,7 +71,7 @@ class Upkeep:
 
 
 async def _rest(duty: Duty) -> None:
-    with trio.move_on_after(duty.every_s):
+    with trio.move_on_after(duty.every_s()):
         if duty.wake is None:
             await trio.sleep_forever()
         else:

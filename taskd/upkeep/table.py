@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -29,11 +30,18 @@ class UpkeepSettings:
 
 
 def broker_duties(
-    inflight: Inflight, publisher: Publisher, presence: Presence, clock: Clock, settings: UpkeepSettings
+    inflight: Inflight,
+    publisher: Publisher,
+    presence: Presence,
+    clock: Clock,
+    settings: Callable[[], UpkeepSettings],
 ) -> list[Duty]:
-    """Every duty of a broker. A new one is a function that returns how many rows it handled, and a line."""
-    limit = settings.max_rows
-    quiet_until_mono_ms = clock.now().mono_ms + settings.startup_quiet_ms
+    """Every duty of a broker. A new one is a function that returns how many rows it handled, and a line.
+
+    `settings` is asked in every round, because they may change; `max_rows` counts from the beginning.
+    """
+    limit = settings().max_rows
+    quiet_until_mono_ms = clock.now().mono_ms + settings().startup_quiet_ms
 
     async def become_due() -> int:
         return await inflight.become_due(limit)
@@ -58,16 +66,19 @@ def broker_duties(
         if clock.now().mono_ms < quiet_until_mono_ms:
             return 0
         ended = 0
-        for worker in presence.silent(await inflight.holders(), settings.lease_ms):
+        for worker in presence.silent(await inflight.holders(), settings().lease_ms):
             leases = await inflight.reconcile(worker, ())
             log.warning("worker is silent, its leases end", worker=worker, leases=leases)
             ended += leases
         return min(ended, limit - 1)
 
     async def forget() -> int:
-        return await inflight.forget(settings.tombstone_ttl_ms, settings.tombstone_max_count, limit)
+        now = settings()
+        return await inflight.forget(now.tombstone_ttl_ms, now.tombstone_max_count, limit)
 
-    every_s = settings.interval_s
+    def every_s() -> float:
+        return settings().interval_s
+
     leaving = inflight.watch(Status.RETRY, Status.FAILURE, Status.EXPIRED)
     return [
         Duty("publish", publisher.round, limit, every_s, leaving),

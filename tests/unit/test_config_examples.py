@@ -43,5 +43,6 @@ def test_the_examples_hold_the_defaults_and_name_every_key(name, load, defaults,
 def test_units_start_a_command_that_exists(unit):
     parsed = configparser.ConfigParser(strict=True, interpolation=None)
     parsed.read(CONF / "systemd" / unit)
-    assert parsed["Service"]["Type"] == "exec"
+    assert parsed["Service"]["Type"] == "notify"
+    assert parsed["Service"]["ExecReload"] == "/bin/kill -HUP $MAINPID"
     assert parsed["Service"]["ExecStart"].split()[1] in ("broker", "worker")
