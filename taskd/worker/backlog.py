@@ -97,12 +97,12 @@ class Backlog:
         self._on_news()
 
     def _may_start(self, job: Job, now: float) -> bool:
+        """Whether to start it; what may not start is handed back, and the broker judges that by its fence."""
         if now > job.account.lease_until:
-            job.account.drop(job)  # the connection was lost for so long that somebody else has it by now
+            # Silent for so long, somebody else may have it by now. If not, nobody would ever end this lease.
             log.info("lease over before start", id=job.lease.id, store_id=job.account.store_id)
-            return False
-        if job.expires_at is not None and now >= job.expires_at:
-            job.account.hand_back(job)
-            self._on_news()
-            return False
-        return True
+        elif job.expires_at is None or now < job.expires_at:
+            return True
+        job.account.hand_back(job)
+        self._on_news()
+        return False

@@ -82,10 +82,6 @@ class Account:
         self.jobs.pop(job.lease, None)
         self._back[job.lease] = None
 
-    def drop(self, job: Job) -> None:
-        """Its lease is over: the store does not expect to hear of it."""
-        self.jobs.pop(job.lease, None)
-
     # ---- what links do
 
     @property

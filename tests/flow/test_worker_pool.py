@@ -521,8 +521,9 @@ async def test_work_whose_lease_ended_while_disconnected_is_not_started(autojump
         assert it.spawner.started == [b"5"]
         it.network.refuses.clear()
         again = await it.network.accept()
-        assert [lease.id for lease in again.hello.holding] == ["a"]
-        await again.until(lambda: bool(again.results))
+        assert [lease.id for lease in again.hello.holding] == ["a", "b"]
+        await again.until(lambda: bool(again.results and again.back))
+        assert [lease.id for lease in again.back] == ["b"]
 
 
 async def test_an_unreachable_broker_costs_nothing_but_its_own_work(autojump_clock: MockClock) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from taskd.wire.frames import HandBack, LeaseRef, Result, Results, ResultStatus, Started
+from taskd.wire.frames import Assignment, HandBack, LeaseRef, Result, Results, ResultStatus, Started
+from taskd.worker.backlog import Backlog
 from taskd.worker.results import MAX_RESULTS_PER_FRAME, Account, Job
 
 
@@ -90,3 +91,13 @@ def test_frames_of_results_are_bounded() -> None:
         result = Result(f"e{number}", 1, ResultStatus.FAILURE, "error", "x" * 4_000)
         account.finish(job(account, f"e{number}"), result)
     assert len(account.news()) == 2
+
+
+def test_what_waited_beyond_its_lease_is_handed_back_not_forgotten() -> None:
+    """A worker that was stopped for a while may come back before the broker missed it."""
+    backlog = Backlog(lambda: None, lambda: None)
+    account = backlog.account("s")
+    backlog.accept(account, [Assignment("a", 1, b"", 10_000, None)], 0.0)
+    account.lease_until = 30.0
+    assert backlog.take(1, 1, 31.0) == []
+    assert account.news() == [HandBack((LeaseRef("a", 1),))]
