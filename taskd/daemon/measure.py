@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import structlog
 import trio
 
+from taskd.errors import LogUnavailable
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
 from taskd.log.base import Reader
@@ -63,7 +65,8 @@ async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -
         )
         current = reader()
         if current is not None and current.healthy:
-            with trio.move_on_after(EVERY_S):
+            # A log that is away, or a group that just changes hands, has no lag to tell.
+            with suppress(LogUnavailable), trio.move_on_after(EVERY_S):
                 for partition, lag in (await current.lag()).items():
                     metrics.log_lag_records.labels(partition.topic, str(partition.number)).set(lag)
         await trio.sleep(EVERY_S)
