@@ -1,5 +1,5 @@
 -- Named statements, one after each "-- name:" line. Parameters are positional.
--- Status numbers: taskd/activation/lifecycle.py (1 pending, 2 delayed, 3 parked, 5 processing,
+-- Status numbers: taskd/activation/lifecycle.py (1 pending, 2 delayed, 3 parked, 4 claimed, 5 processing,
 -- 7 retry, 8 failure, 9 expired, 12 gone).
 
 -- name: read_meta
@@ -39,6 +39,30 @@ FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?
 UPDATE inflight SET status = 5, fence = ?, lease_kind = ?, holder = ?, lease_end_mono_ms = ?,
   attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?
 WHERE row = ?
+
+-- name: claim
+UPDATE inflight SET status = 4, fence = ?, lease_kind = ?, holder = NULL, lease_end_mono_ms = ?,
+  counted = 0, started = 0, started_at_ms = NULL
+WHERE row = ?
+
+-- name: pushed
+UPDATE inflight SET status = 5, counted = 1, started = 1, attempts = attempts + 1, lease_end_mono_ms = ?,
+  started_at_ms = ?
+WHERE row = ?
+
+-- name: claims_over
+SELECT id FROM inflight WHERE status = 4 AND lease_end_mono_ms <= ? ORDER BY lease_end_mono_ms LIMIT ?
+
+-- name: restart_claims
+UPDATE inflight SET lease_end_mono_ms = ? WHERE status = 4
+
+-- name: park
+UPDATE inflight SET status = 3
+WHERE row IN (SELECT row FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?) RETURNING row
+
+-- name: unpark
+UPDATE inflight SET status = 1
+WHERE row IN (SELECT row FROM inflight WHERE status = 3 AND lane = ? ORDER BY seq LIMIT ?) RETURNING row
 
 -- name: leased
 SELECT row, status, lane, fence, lease_kind, attempts, counted, started, at_most_once, dead_letter,

@@ -70,7 +70,8 @@ class Changes:
 class SqliteStore:
     """The open file and what is kept in memory beside it: lanes and their counters.
 
-    `on_commit(changes)` is called after each transaction, in the thread that committed.
+    `on_commit(changes)` is called after each transaction, `on_undo()` when a write or all of them were
+    undone; both in the thread that committed.
     """
 
     def __init__(self, path: Path, now: Now, policy: Policy) -> None:
@@ -78,6 +79,7 @@ class SqliteStore:
         self.policy = policy
         self.queries = load_queries()
         self.on_commit: Callable[[Changes], None] = lambda changes: None
+        self.on_undo: Callable[[], None] = lambda: None
         self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
         self._by_name: dict[tuple[str, str], Lane] = {}
@@ -135,6 +137,7 @@ class SqliteStore:
             self.lanes[number].counts[status] -= change
         for lane in changes.lanes:
             del self.lanes[lane.number], self._by_name[lane.application, lane.namespace]
+        self.on_undo()
 
     def _save_counters(self) -> None:
         rows = [

@@ -781,6 +781,27 @@ async def test_commits_wake_who_watches(store: Inflight) -> None:
     assert not anything._event.is_set()
 
 
+async def test_a_claim_that_is_undone_wakes_who_saw_its_rows_gone(store: Inflight) -> None:
+    """The counters move before the commit: a session that looks in between finds nothing to claim."""
+    await put(store, "a")
+    wake = store.watch_claimable()
+    core = store._store
+    seen: list[bool] = []
+
+    def refuse() -> bool:
+        seen.append(store.claimable(None, ()))
+        return True  # turns the COMMIT into a ROLLBACK
+
+    core.db.set_commit_hook(refuse)
+    with pytest.raises(StoreError):
+        await stream(store)
+    core.db.set_commit_hook(None)
+    assert seen == [False]
+    assert store.claimable(None, ())
+    with trio.fail_after(5):
+        await wake.wait()
+
+
 async def test_an_observer_that_fails_harms_nobody(store: Inflight) -> None:
     def failing(changes: object) -> None:
         raise RuntimeError("no metrics today")
