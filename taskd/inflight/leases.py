@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from taskd.activation.lifecycle import Event, Status
+from taskd.activation.lifecycle import HELD, Event, Status
 from taskd.clock import Now
 from taskd.inflight.base import (
     ClaimRequest,
@@ -27,6 +27,7 @@ from taskd.inflight.sqlite import Lane, SqliteStore
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
 MAX_REASON_CHARS = 64  # of the word that names a reason
+WITHOUT_FENCE = frozenset({LeaseKind.UNARY, LeaseKind.PUSH})  # these holders report by id alone
 
 
 class Waiting(NamedTuple):
@@ -143,6 +144,11 @@ class Leases:
                 self._departures.expire(waiting.row, lane.number, Status.PENDING, dead_letter, now)
                 return None
         fence = self._store.next_fence(now)
+        if request.kind is LeaseKind.PUSH:
+            self._store.move(waiting.row, lane.number, Status.PENDING, Event.CLAIMED)
+            end_ms = now.mono_ms + self._store.policy.claim_ms
+            self._store.run("claim", fence, request.kind, end_ms, waiting.row)
+            return Lease(waiting.id, fence, waiting.activation, waiting.deadline_ms, expires_in_ms)
         # Unary calls have no START, and at most once the hand-out is the START: both count now.
         is_unary = request.kind is LeaseKind.UNARY
         counts = is_unary or bool(waiting.at_most_once)
@@ -193,10 +199,10 @@ class Leases:
         leased = self._find(report.id)
         if leased is None:
             return Verdict.UNKNOWN
-        newest = leased.kind == LeaseKind.UNARY if report.fence is None else leased.fence == report.fence
-        if not newest or leased.status not in (Status.PROCESSING, Status.PENDING):
+        newest = leased.kind in WITHOUT_FENCE if report.fence is None else leased.fence == report.fence
+        if not newest or leased.status not in (Status.PROCESSING, Status.PENDING, Status.CLAIMED):
             return Verdict.SUPERSEDED
-        if leased.kind != LeaseKind.UNARY and leased.status is Status.PROCESSING and not leased.started:
+        if leased.kind != LeaseKind.UNARY and leased.status in HELD and not leased.started:
             self._begin(leased, now)  # the result overtook its START, or carried it: it started all the same
         if report.status is ReportStatus.CRASHED:
             if leased.status is Status.PROCESSING:

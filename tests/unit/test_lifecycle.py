@@ -47,10 +47,13 @@ TABLE = {
     (K, E.FORWARDED): Status.FORWARDED,
     (R, E.COMPLETED): Status.COMPLETE,
     (P, E.COMPLETED): Status.COMPLETE,
+    (C, E.COMPLETED): Status.COMPLETE,
     (R, E.FAILED): Status.FAILURE,
     (P, E.FAILED): Status.FAILURE,
+    (C, E.FAILED): Status.FAILURE,
     (R, E.RETRY_ASKED): Status.RETRY,
     (P, E.RETRY_ASKED): Status.RETRY,
+    (C, E.RETRY_ASKED): Status.RETRY,
     (Status.COMPLETE, E.SETTLED): Status.GONE,
     (Status.RETRY, E.SETTLED): Status.GONE,
     (Status.FAILURE, E.SETTLED): Status.GONE,
@@ -77,7 +80,8 @@ def test_the_error_is_a_sentence() -> None:
     with pytest.raises(IllegalTransition) as error:
         after(Status.CLAIMED, Event.BECAME_DUE)
     assert str(error.value) == (
-        "became_due cannot happen to an activation that is claimed; what can: pushed, claim_ended, dropped"
+        "became_due cannot happen to an activation that is claimed; "
+        "what can: pushed, claim_ended, dropped, completed, failed, retry_asked"
     )
     with pytest.raises(IllegalTransition, match="is not in the store; what can: arrived, "):
         after(None, Event.SETTLED)
