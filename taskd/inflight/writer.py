@@ -211,11 +211,6 @@ class Inflight:
         for _, wake in self._watchers:
             wake.set()
 
-    def _undone(self) -> None:
-        """Whoever looked at the counters meanwhile saw what did not come to be, and has to look again."""
-        for _, wake in self._watchers:
-            wake.set()
-
     def _describe(self, id_: str) -> Description:
         found = self._store.one("describe", id_)
         if found is None:
@@ -271,7 +266,6 @@ async def open_inflight(
         async with open_group_commit(store.apply, name="taskd-store", on_batch=on_batch) as committer:
             inflight = Inflight(store, committer, clock)
             store.on_commit = lambda changes: token.run_sync_soon(inflight._committed, changes)
-            store.on_undo = lambda: token.run_sync_soon(inflight._undone)
             store.on_undo = lambda: token.run_sync_soon(inflight._undone)
             yield inflight
     finally:
