@@ -85,8 +85,9 @@ class IllegalTransition(TaskdError):
 _S, _E = Status, Event
 
 # A report counts exactly when it comes under the newest lease. So it may find its row waiting again:
-# the lease ended, nobody else took the row, and the work it reports was done after all.
-_REPORTABLE = (_S.PROCESSING, _S.PENDING)
+# the lease ended, nobody else took the row, and the work it reports was done after all. And it may
+# find its row claimed: a quick worker reports before the call that pushed the work has returned.
+_REPORTABLE = (_S.PROCESSING, _S.PENDING, _S.CLAIMED)
 
 TRANSITIONS: dict[tuple[Status | None, Event], Status] = {
     (None, _E.ARRIVED): _S.PENDING,
