@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from taskd.config import shape
+from taskd.config.redaction import is_secret
 from taskd.config.schema import Section
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ def _sentence(model: type[Section], found: ErrorDetails) -> str:
         return f"`{key}`: expected a value, found none"
     if kind in ("model_type", "model_attributes_type"):
         some = ", ".join(shape.keys_of(model, location)[:3])
-        return f"`{key}`: expected a section with keys such as {some}, found {_shown(found['input'])}"
+        return (
+            f"`{key}`: expected a section with keys such as {some}, found {_shown(location, found['input'])}"
+        )
     if kind == "value_error" and isinstance(found["input"], dict):
         return f"`{key}`: {found['msg'].removeprefix('Value error, ')}"
-    return f"`{key}`: {_expected(found)}, found {_shown(found['input'])}"
+    return f"`{key}`: {_expected(found)}, found {_shown(location, found['input'])}"
 
 
 def _expected(found: ErrorDetails) -> str:
@@ -86,8 +89,8 @@ def _nearest(model: type[Section], location: tuple[int | str, ...]) -> str:
     return f"; known here: {', '.join(known)}" if known else ""
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def _shown(location: tuple[int | str, ...], value: object) -> str:
+    text = "what is not shown here" if is_secret(location) else repr(value)
     return text if len(text) <= FOUND_CHARS else f"{text[:FOUND_CHARS]}…"
 
 

@@ -45,6 +45,39 @@ class ListenSection(Section):
     port: Port = Field(default=0, description="port to bind; 0 takes a free one")
 
 
+class HttpSection(ListenSection):
+    """Where health and metrics are served."""
+
+    port: Port = Field(default=50052, description="port to bind; 0 takes a free one")
+
+
+class ListenTlsSection(Section):
+    """TLS of a listener. Files are PEM."""
+
+    certificate: Path = Field(description="the server's certificate, then those that signed it")
+    key: Path = Field(description="its private key, without a passphrase")
+    client_ca: Path | None = Field(
+        default=None, description="callers must show a certificate signed by these (mutual TLS)"
+    )
+
+
+Secret = Annotated[SecretStr, Field(min_length=1)]
+
+
+class RpcSection(ListenSection):
+    """Where workers and producers connect, and what they must show."""
+
+    port: Port = Field(default=50051, description="port to bind; 0 takes a free one")
+    secrets: tuple[Secret, ...] = Field(
+        default=(), description="calls must be signed with one of these; empty: anybody may call"
+    )
+    tls: ListenTlsSection | None = Field(default=None, description="certificate and key; null: in the clear")
+    max_connections: PositiveInt = Field(default=4_096, description="connections at once; more are closed")
+    keepalive_s: PositiveSeconds = Field(
+        default=60, description="a connection is asked so often whether its peer still lives"
+    )
+
+
 class EmbeddedLogSection(Section):
     """The embedded log, when `log.kind` is embedded. It lives in `data_dir`."""
 
@@ -255,8 +288,15 @@ class StoreSection(Section):
 class IngestSection(Section):
     """How batches are read."""
 
-    batch_max_records: PositiveInt = Field(default=1_024, description="records in one transaction at most")
-    batch_max_bytes: PositiveInt = Field(default=16_000_000, description="bytes in one transaction at most")
+    batch_max_records: PositiveInt = Field(
+        default=1_024, description="records in one transaction at most (16 MB end a batch too)"
+    )
+    max_application_share: Annotated[float, BeforeValidator(_not_a_bool), Field(gt=0, le=1)] = Field(
+        default=1, description="largest part of max_pending_count that one application may fill; 1: no share"
+    )
+    overflow_topic: str | None = Field(
+        default=None, description="takes what is beyond a share; null: reading waits instead"
+    )
 
 
 class DispatchSection(Section):
@@ -292,8 +332,8 @@ class BrokerConfig(Section):
     data_dir: Path = Field(
         default=Path("taskd-data"), description="folder of the store and the embedded log; one broker each"
     )
-    rpc: ListenSection = ListenSection(port=50051)
-    http: ListenSection = ListenSection(port=50052)
+    rpc: RpcSection = RpcSection()
+    http: HttpSection = HttpSection()
     log: LogSection = LogSection()
     store: StoreSection = StoreSection()
     ingest: IngestSection = IngestSection()
@@ -311,11 +351,29 @@ class BrokerConfig(Section):
     )
 
 
+class ClientTlsSection(Section):
+    """TLS of a client. Files are PEM."""
+
+    ca: Path | None = Field(
+        default=None, description="who signs the brokers' certificates; null: authorities the machine trusts"
+    )
+    certificate: Path | None = Field(
+        default=None, description="our certificate, for brokers that ask for one"
+    )
+    key: Path | None = Field(default=None, description="its private key, without a passphrase")
+
+
 class PoolSection(Section):
     """One processing pool of a worker."""
 
     brokers: tuple[Address, ...] = Field(
         default=("127.0.0.1:50051",), min_length=1, description="host:port of each broker"
+    )
+    secrets: tuple[Secret, ...] = Field(
+        default=(), description="shared with the brokers; the first signs; empty: calls are not signed"
+    )
+    tls: ClientTlsSection | None = Field(
+        default=None, description="how brokers prove who they are; null: not"
     )
     application: str | None = Field(
         default=None, description="only activations of this application; default: any"
@@ -357,6 +415,17 @@ class ProducerConfig(Section):
     broker: Address = Field(
         default="127.0.0.1:50051", description="host:port of the broker that owns the embedded log"
     )
+    secret: Secret | None = Field(
+        default=None, description="shared with the broker: signs our calls; default: they are not signed"
+    )
+    tls: bool = Field(default=False, description="the broker speaks TLS, signed by whom the machine trusts")
+    tls_ca: Path | None = Field(
+        default=None, description="PEM file of who signs the broker's certificate; turns TLS on"
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file of our certificate, for a broker that asks for one"
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file of its private key")
     kafka: str = Field(default="127.0.0.1:9092", description="bootstrap servers of the Kafka cluster")
     topic: str = Field(default="taskd", min_length=1, description="topic of namespaces that name none")
     timeout_s: PositiveSeconds = Field(default=10, description="longest wait for an append to be durable")

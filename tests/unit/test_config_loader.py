@@ -71,7 +71,7 @@ def test_lists_in_the_environment():
             "unknown key `store.max_pending_cout`; did you mean `max_pending_count`? ({path}:2)",
         ),
         ("stroe: {}\n", "unknown key `stroe`; did you mean `store`? ({path}:1)"),
-        ("rpc: {zzz: 1}\n", "unknown key `rpc.zzz`; known here: host, port ({path}:1)"),
+        ("http: {zzz: 1}\n", "unknown key `http.zzz`; known here: host, port ({path}:1)"),
         (
             "store: {max_pending_count: many}\n",
             "`store.max_pending_count`: expected a whole number, found 'many' ({path}:1)",
@@ -102,7 +102,7 @@ def test_lists_in_the_environment():
             "`log`: deadletter_topic `a` must not be consumed, or dead letters would run again:"
             " name another, or set its produce_only ({path}:1)",
         ),
-        ("rpc: 7\n", "`rpc`: expected a section with keys such as host, port, found 7 ({path}:1)"),
+        ("http: 7\n", "`http`: expected a section with keys such as host, port, found 7 ({path}:1)"),
         (
             "log:\n  deadletter_topic: a\n  deadletter_topic: b\n",
             "`log.deadletter_topic`: given twice, on line 2 and on line 3; keep one ({path}:3)",
@@ -180,3 +180,18 @@ def test_producers_read_plain_names():
     assert (config.log, config.broker) == ("kafka", "h:1")
     with pytest.raises(ConfigError, match=r"`log`: expected 'embedded' or 'kafka', found 'x' \(environment"):
         load_producer_config({}, {"TASKD_LOG": "x"})
+
+
+def test_a_secret_in_a_wrong_place_is_not_told(written):
+    for text in (
+        "rpc: {secrets: hunter2}\n",
+        "rpc: {secrets: [[hunter2]]}\n",
+        "rpc: {secrets: {a: hunter2}}\n",
+    ):
+        assert "rpc.secrets" in (told := refused(written(text)))
+        assert "hunter2" not in told
+
+
+def test_a_section_in_part_keeps_the_default_port(written):
+    config = load_broker_config(written("rpc: {host: 0.0.0.0}\nhttp: {host: 0.0.0.0}\n"), {}, {})
+    assert (config.rpc.port, config.http.port) == (50051, 50052)
