@@ -17,6 +17,7 @@ __all__ = [
     "Lease",
     "LeaseKind",
     "Leaving",
+    "Left",
     "Outcome",
     "Policy",
     "Ref",
@@ -165,7 +166,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A row whose retry or dead letter is to be published before it is gone."""
+    """A row whose retry, dead letter or copy is to be published before it is gone."""
 
     id: str
     status: Status
@@ -182,6 +183,8 @@ class Leaving:
     delay_on_retry_s: int | None
     reason: str
     error: str
+    received_at_ms: int = 0
+    forward_topic: str | None = None  # of a forwarded row; None: the topic it came from
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +194,15 @@ class Settlement:
     id: str
     continued_as: str | None = None
     dead_lettered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """One activation that is not finished; `stuck`: why what must follow it can never be published."""
+
+    id: str
+    status: Status
+    stuck: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.clock import Now
-from taskd.inflight.base import Leaving, Outcome, Settlement
+from taskd.inflight.base import Leaving, Left, Outcome, Settlement
 from taskd.inflight.sqlite import SqliteStore
 
 SHRINK_PAGES = 1_024  # given back to the disk in one go, so that no transaction becomes long
@@ -82,12 +82,45 @@ class Departures:
                 delay_on_retry_s=delay_s,
                 reason=reason or "",
                 error=error or "",
+                received_at_ms=received_at_ms,
+                forward_topic=forward_topic,
             )
             for (
                 _, id_, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
-                dead_letter, max_attempts, delay_s, reason, error, lane,
+                dead_letter, max_attempts, delay_s, reason, error, lane, received_at_ms, forward_topic,
             ) in self._store.run("leaving", limit)
         ]  # fmt: skip
+
+    def forward(self, row: int, lane: int, before: Status, topic: str | None, reason: str) -> None:
+        """Send a waiting row elsewhere; None: to the topic it came from. It is published, then gone."""
+        status = self._store.move(row, lane, before, Event.FORWARDED)
+        self._store.run("forward", status, topic, reason, row)
+
+    def forward_all(self, limit: int, reason: str) -> int:
+        """Send whatever waits back to the log, oldest first in each lane. Returns how many."""
+        rows = [(row, lane, Status.DELAYED) for row, lane in self._store.run("delayed", limit)]
+        for lane in self._store.lanes.values():
+            if lane.counts[Status.PENDING] and len(rows) < limit:
+                found = self._store.run("pending_in_lane", lane.number, limit - len(rows))
+                rows += [(row, lane.number, Status.PENDING) for (row,) in found]
+            if lane.counts[Status.PARKED] and len(rows) < limit:
+                found = self._store.run("parked_in_lane", lane.number, limit - len(rows))
+                rows += [(row, lane.number, Status.PARKED) for (row,) in found]
+        for row, number, status in rows:
+            self.forward(row, number, status, None, reason)
+        return len(rows)
+
+    def left(self, limit: int) -> list[Left]:
+        """Some of the activations that are not finished."""
+        return [
+            Left(id_, Status(status), stuck or "") for id_, status, stuck in self._store.run("left", limit)
+        ]
+
+    def _forget_forwarded(self, row: int, lane: int) -> None:
+        # No tombstone: the copy has the same id, and may come back to this very store.
+        self._store.move(row, lane, Status.FORWARDED, Event.SETTLED)
+        self._store.run("forget", row)
+        self._store.forget(lane)
 
     def settle(self, settlements: Sequence[Settlement], now: Now) -> None:
         """What had to follow these rows is published: they are gone. Those gone already are passed over."""
@@ -96,6 +129,9 @@ class Departures:
             if found is None:
                 continue
             row, status, lane, reason, error = found
+            if status == Status.FORWARDED:
+                self._forget_forwarded(row, lane)
+                continue
             self.finish(
                 row,
                 lane,

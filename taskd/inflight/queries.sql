@@ -116,8 +116,23 @@ ORDER BY expires_at_ms LIMIT ?
 
 -- name: leaving
 SELECT row, id, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
-  dead_letter, retry_max_attempts, retry_delay_s, reason, error, lane
-FROM inflight WHERE status BETWEEN 7 AND 9 AND stuck IS NULL ORDER BY row LIMIT ?
+  dead_letter, retry_max_attempts, retry_delay_s, reason, error, lane, received_at_ms, forward_topic
+FROM inflight WHERE status BETWEEN 7 AND 11 AND stuck IS NULL ORDER BY row LIMIT ?
+
+-- name: left
+SELECT id, status, stuck FROM inflight WHERE status <> 12 LIMIT ?
+
+-- name: pending_in_lane
+SELECT row FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?
+
+-- name: parked_in_lane
+SELECT row FROM inflight WHERE status = 3 AND lane = ? ORDER BY seq LIMIT ?
+
+-- name: delayed
+SELECT row, lane FROM inflight WHERE status = 2 ORDER BY due_at_ms LIMIT ?
+
+-- name: forward
+UPDATE inflight SET status = ?, forward_topic = ?, reason = ? WHERE row = ?
 
 -- name: settling
 SELECT row, status, lane, reason, error FROM inflight WHERE id = ? AND status <> 12

@@ -1,5 +1,8 @@
 -- The store of in-flight activations. Times: *_at_ms on the wall clock, lease_end_mono_ms on the
 -- monotonic clock (restarted at full length when the broker starts), both in milliseconds.
+--
+-- This is the newest version, as a new file gets it. An older file gets there by migrations/to_N.sql, so
+-- a change here is a change there; a test compares the two ways.
 
 CREATE TABLE meta (
   name  TEXT PRIMARY KEY,
@@ -57,6 +60,7 @@ CREATE TABLE inflight (
   retry_delay_s      INTEGER,
   reason            TEXT,
   error             TEXT,
+  forward_topic     TEXT,             -- where a forwarded row is published; NULL: the topic it came from
   stuck             TEXT,             -- why its retry or dead letter can never be published
   outcome           TEXT,             -- once gone: complete, failed, retried, expired, dropped
   continued_as      TEXT,             -- id of the retry
@@ -70,6 +74,8 @@ CREATE INDEX inflight_waiting  ON inflight (lane, seq)         WHERE status = 1;
 CREATE INDEX inflight_due      ON inflight (due_at_ms)         WHERE status = 2;
 CREATE INDEX inflight_expiring ON inflight (expires_at_ms)     WHERE expires_at_ms IS NOT NULL AND status <= 3;
 CREATE INDEX inflight_leases   ON inflight (lease_end_mono_ms) WHERE lease_end_mono_ms IS NOT NULL AND status = 5;
+CREATE INDEX inflight_claims   ON inflight (lease_end_mono_ms) WHERE status = 4;
+CREATE INDEX inflight_parked   ON inflight (lane, seq)         WHERE status = 3;
 CREATE INDEX inflight_holders  ON inflight (holder)            WHERE status = 5;
-CREATE INDEX inflight_leaving  ON inflight (row)               WHERE status BETWEEN 7 AND 9 AND stuck IS NULL;
+CREATE INDEX inflight_leaving  ON inflight (row)               WHERE status BETWEEN 7 AND 11 AND stuck IS NULL;
 CREATE INDEX inflight_gone     ON inflight (finished_at_ms)    WHERE status = 12;

@@ -24,8 +24,8 @@ from taskd.database import apply_in_one_transaction, open_database
 from taskd.errors import StartupError
 from taskd.groupcommit import Write
 from taskd.inflight.base import Depth, Policy
+from taskd.inflight.schema import prepare_schema
 
-SCHEMA_VERSION = 1
 KEPT_FREE_PAGES = 8_192  # 32 MB that will be filled again are not worth giving back
 
 
@@ -95,6 +95,7 @@ class SqliteStore:
             self.used_bytes = self._measure_used()
             # Monotonic clocks do not survive a reboot: every lease begins again at full length.
             self.run("restart_leases", now.mono_ms + policy.grace_ms)
+            self.run("restart_claims", now.mono_ms + policy.claim_ms)
         except BaseException as error:
             self.db.close()
             if isinstance(error, apsw.Error):
@@ -116,8 +117,9 @@ class SqliteStore:
             self._undo(self._batch)
             raise
         self._batch.transitions = [
-            Transition(self.one("id_of", row)[0], before, event, status)
+            Transition(found[0], before, event, status)
             for row, before, event, status in self._batch.moves
+            if (found := self.one("id_of", row)) is not None  # else deleted in this very transaction
         ]
         self.on_commit(self._batch)
         return results
@@ -241,17 +243,7 @@ class SqliteStore:
     # ---- opening
 
     def _migrate(self) -> None:
-        version = self.db.pragma("user_version")
-        if version > SCHEMA_VERSION:
-            raise StartupError(
-                f"{self.path} has schema version {version}, this taskd knows {SCHEMA_VERSION}. "
-                "Start the newer taskd that wrote it, or give this one another data_dir.",
-                exit_code=73,
-            )
-        if version == 0:
-            with self.db:
-                self.db.execute(files("taskd.inflight").joinpath("schema.sql").read_text())
-                self.db.pragma("user_version", SCHEMA_VERSION)
+        prepare_schema(self.db, self.path)
 
     def _meta(self, name: str) -> str | None:
         row = self.one("read_meta", name)

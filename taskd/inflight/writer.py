@@ -23,6 +23,7 @@ from taskd.inflight.base import (
     Inserted,
     Lease,
     Leaving,
+    Left,
     Policy,
     Ref,
     Report,
@@ -128,6 +129,12 @@ class Inflight:
 
     async def leaving(self, limit: int) -> list[Leaving]:
         return await self._submit(lambda now: self._departures.leaving(limit))
+
+    async def forward_all(self, limit: int, reason: str) -> int:
+        return await self._submit(lambda now: self._departures.forward_all(limit, reason))
+
+    async def left(self, limit: int) -> list[Left]:
+        return await self._submit(lambda now: self._departures.left(limit))
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         await self._submit(lambda now: self._departures.settle(settlements, now))

@@ -15,7 +15,7 @@ from taskd.inflight.base import Leaving, Settlement
 from taskd.inflight.writer import Inflight
 from taskd.log.base import Headers, Outgoing, Publish, Rejected
 from taskd.telemetry import metrics
-from taskd.wire.envelope import next_attempt
+from taskd.wire.envelope import next_attempt, with_received_at
 
 log = structlog.get_logger("taskd.upkeep")
 
@@ -26,6 +26,11 @@ class Topics:
 
     deadletter: str
     retry: str | None = None
+    raw: frozenset[str] = frozenset()  # what comes from these is an activation only here
+
+    def again(self, topic: str) -> str:
+        """Where an activation that came from `topic` is published to be read once more, unchanged."""
+        return self.retry if topic in self.raw and self.retry is not None else topic
 
 
 class Publisher:
@@ -69,6 +74,10 @@ class Publisher:
         return len(rows)
 
     def _outgoing(self, row: Leaving, now: Now) -> Outgoing:
+        if row.status is Status.FORWARDED:
+            key = row.namespace if row.namespace in self._strict_order else row.id
+            activation = with_received_at(row.activation, row.received_at_ms)
+            return Outgoing(row.forward_topic or self._topics.again(row.topic), activation, key.encode())
         if row.status is not Status.RETRY:
             headers = _reasons(row, now)
             return Outgoing(self._topics.deadletter, row.activation, row.record_key, headers)
@@ -88,6 +97,8 @@ class Publisher:
 def _settlement(row: Leaving) -> Settlement:
     if row.status is Status.RETRY:
         return Settlement(row.id, continued_as=retry_id(row.id, row.retry_attempts + 1))
+    if row.status is Status.FORWARDED:
+        return Settlement(row.id)
     return Settlement(row.id, dead_lettered=True)
 
 
@@ -115,5 +126,5 @@ def _count(rows: Sequence[Leaving], settled: Mapping[str, Settlement]) -> None:
         if settlement.dead_lettered:
             metrics.dead_letters.labels(row.reason).inc()
             log.info("dead-lettered", id=row.id, reason=row.reason, error=row.error)
-        else:
+        elif settlement.continued_as is not None:
             metrics.retries_published.inc()

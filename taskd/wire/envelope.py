@@ -234,6 +234,16 @@ def next_attempt(
     )
 
 
+def with_received_at(raw: bytes, received_at_ms: int) -> bytes:
+    """The same activation; one that does not say when it was received says it now.
+
+    So its delay and its expiry count from then on, wherever it is read again.
+    """
+    if any(number == RECEIVED_AT for number, *_ in fields(raw)):
+        return raw
+    return raw + bytes_field(RECEIVED_AT, timestamp(received_at_ms))
+
+
 def _next_retry_state(
     raw: bytes, max_attempts: int | None, delay_on_retry_s: int | None
 ) -> tuple[bytes, int | None]:

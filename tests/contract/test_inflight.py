@@ -34,7 +34,7 @@ from taskd.inflight.base import (
     Verdict,
 )
 from taskd.inflight.presence import Presence
-from taskd.inflight.sqlite import SCHEMA_VERSION
+from taskd.inflight.schema import SCHEMA_VERSION
 from taskd.inflight.writer import Inflight, open_inflight
 
 START_MS = 1_767_225_600_000
@@ -854,7 +854,8 @@ async def test_leases_restart_at_full_length(opened: Opener, clock: FixedClock) 
 async def test_a_newer_schema_is_refused(opened: Opener, tmp_path: Path) -> None:
     async with opened() as store:
         store._store.db.pragma("user_version", SCHEMA_VERSION + 1)
-    with pytest.raises(StartupError, match="schema version 2, this taskd knows 1") as refused:
+        store._store.db.execute("UPDATE meta SET value = '3' WHERE name = 'min_reader_version'")
+    with pytest.raises(StartupError, match="schema version 3.*this one knows 2") as refused:
         async with opened():
             pass
     assert refused.value.exit_code == 73
