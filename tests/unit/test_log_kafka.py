@@ -14,9 +14,9 @@ import trio.testing
 
 from taskd import aio
 from taskd.errors import ConfigError, LogUnavailable
-from taskd.log import kafka, kept
+from taskd.log import kept
 from taskd.log.base import Assigned, Outgoing, Partition, Position, Reader, Record, Revoked
-from taskd.log.kafka import KafkaLog
+from taskd.log.kafka import KafkaLog, cluster, connection
 from taskd.testing.kafka import is_real_cluster, open_local_kafka
 
 WITHIN_S = 30
@@ -94,9 +94,9 @@ async def test_kafka_that_appears_later(free_port: int) -> None:
 
 @own_broker()
 async def test_kafka_that_goes_and_comes_back(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka, "APPEND_WITHIN_S", 0.5)
-    monkeypatch.setattr(kafka, "COMMIT_WITHIN_S", 0.5)
-    monkeypatch.setattr(kafka, "PROBE_EVERY_S", 0.2)
+    monkeypatch.setattr("taskd.log.kafka.writer.APPEND_WITHIN_S", 0.5)
+    monkeypatch.setattr("taskd.log.kafka.reader.COMMIT_WITHIN_S", 0.5)
+    monkeypatch.setattr("taskd.log.kafka.reader.PROBE_EVERY_S", 0.2)
     log = log_at(f"127.0.0.1:{free_port}")
     async with no_alarm(), log.open_reader(["t"], "g") as reader, log.open_writer() as writer:
         with open_local_kafka(free_port):
@@ -135,7 +135,7 @@ def pending(reader: Reader) -> list[Assigned | Revoked]:
 async def test_leaving_while_nobody_is_there_is_quick_and_quiet(free_port: int) -> None:
     log = log_at(f"127.0.0.1:{free_port}")
     async with no_alarm():
-        with trio.fail_after(kafka.STOP_WITHIN_S):
+        with trio.fail_after(connection.STOP_WITHIN_S):
             async with log.open_reader(["t"], "g"), log.open_writer():
                 await trio.testing.wait_all_tasks_blocked()
 
@@ -143,7 +143,7 @@ async def test_leaving_while_nobody_is_there_is_quick_and_quiet(free_port: int) 
 async def test_an_append_is_bounded_while_nobody_is_there(
     free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka, "APPEND_WITHIN_S", 0.2)
+    monkeypatch.setattr("taskd.log.kafka.writer.APPEND_WITHIN_S", 0.2)
     async with no_alarm(), log_at(f"127.0.0.1:{free_port}").open_writer() as writer:
         answers = await writer.append([Outgoing("t", b"1"), Outgoing("t", b"2")])
     assert [type(answer) for answer in answers] == [LogUnavailable, LogUnavailable]
@@ -163,7 +163,7 @@ async def test_a_broker_without_idempotent_producers_is_written_to_all_the_same(
 async def test_a_revoke_that_nobody_acknowledges_ends(
     kafka_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka, "REBALANCE_SESSIONS", 1)
+    monkeypatch.setattr(cluster, "REBALANCE_SESSIONS", 1)
     topic, group = f"t-{uuid4().hex}", f"g-{uuid4().hex}"
     log = log_at(kafka_address)
     async with no_alarm():
