@@ -46,6 +46,11 @@ def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | {"TASKD_LOG_FORMAT": "json", "NO_PROXY": "127.0.0.1"} | dict(more or {})
 
 
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH with these folders before what it already names."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def install_plugin(folder: Path, distribution: str, module: str, source: str | None = None) -> None:
     """Make `folder`, once it is on PYTHONPATH, hold a distribution with an entry point in `taskd.tasks`.
 
@@ -108,6 +113,12 @@ class Daemon:
         assert code is not None, f"{self} still runs after {within_s:g} s:\n{self.tail()}"
         assert self._silent, f"{self} left processes behind: its output is still open"
         return code
+
+    async def must_live(self) -> None:
+        """Raise as soon as it ends; for a task that is cancelled when it may."""
+        await trio.lowlevel.wait_readable(self._pidfd)
+        await self.ended()
+        raise AssertionError(f"{self} ended by itself:\n{self.tail()}")
 
     async def stopped(self, number: signal.Signals = signal.SIGTERM, within_s: float = WITHIN_S) -> int:
         """Ask it to stop; its exit code."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import recorded_tasks as tasks
 import trio
-from daemons import HERE, Daemon, Daemons, free_port, install_plugin, open_daemons
+from daemons import HERE, Daemon, Daemons, free_port, install_plugin, open_daemons, python_path
 from history import History, Line, Produced, named, parse, read_files
 
 from taskd import aio
@@ -134,10 +134,14 @@ class Scene:
 
     async def close_the_books(self, broker: Daemon, *workers: Daemon) -> History:
         """Wait for the end of everything, stop all in good order, read what they left, and judge it."""
-        statuses = await self.settle()
-        for worker in workers:
-            assert await worker.stopped() == 0, worker.tail()
-        assert await broker.stopped() == 0, broker.tail()
+        async with trio.open_nursery() as watching:
+            for daemon in (broker, *workers):
+                watching.start_soon(daemon.must_live)
+            statuses = await self.settle()
+            watching.cancel_scope.cancel()
+        for daemon, ready in (*((worker, "pool ready") for worker in workers), (broker, "broker listens")):
+            await daemon.said(ready)  # one that just started could not yet stop in good order
+            assert await daemon.stopped() == 0, f"{daemon}\n{daemon.tail()}"
         history = History(
             self.books.produced,
             self.lines(),
@@ -150,11 +154,14 @@ class Scene:
         assert not problems, named(problems)
         return history
 
-    async def started(self, key: str) -> None:
-        """Until a task of this key has written START: files give no event to wait for."""
+    async def started(self, key: str, times: int = 1) -> None:
+        """Until tasks of this key have written so many STARTs."""
         with trio.fail_after(SETTLE_WITHIN_S):
-            while f"START {key} " not in self.record.read_text():  # noqa: ASYNC110  # it is a file
+            while self._starts(key) < times:  # noqa: ASYNC110  # files give no event to wait for
                 await trio.sleep(0.02)
+
+    def _starts(self, key: str) -> int:
+        return sum(line.key == key and line.word == "START" for line in self.lines())
 
 
 def make(rng: random.Random, kind: str = "", **arguments: object) -> tuple[Produced, Outgoing]:
@@ -175,5 +182,5 @@ async def open_scene(folder: Path, **settings: str) -> AsyncIterator[Scene]:
     """`settings`: further ones of the broker, as environment variables."""
     plugin = folder / "plugin"
     install_plugin(plugin, "recorded-tasks", "recorded_tasks")
-    async with aio.open_loop(), open_daemons(folder, {"PYTHONPATH": f"{plugin}:{HERE}"}) as daemons:
+    async with aio.open_loop(), open_daemons(folder, {"PYTHONPATH": python_path(plugin, HERE)}) as daemons:
         yield Scene(folder, daemons, settings)
