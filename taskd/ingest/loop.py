@@ -47,7 +47,7 @@ class Ingest:
         self._decode = decode
         self._overflow = overflow
         self._flushing = trio.Lock()
-        self._lost: set[Partition] = set()
+        self._owed: dict[Partition, int] = {}  # offsets of durable rows that the log has not taken yet
         self._stopped = False
         self._waiting = trio.CancelScope()
         self.paused: dict[str, str] = {}
@@ -60,6 +60,7 @@ class Ingest:
             nursery.start_soon(self._follow_assignments)
             while not self._stopped:
                 await self._read_once()
+            await self._settle_owed()
             nursery.cancel_scope.cancel()
 
     def set_limits(self, limits: Limits) -> None:
@@ -79,36 +80,49 @@ class Ingest:
 
     async def _read_once(self) -> None:
         self._progress()
+        await self._settle_owed()
         records: list[Record] = []
+        arrivals = None
         with self._unless_stopped():
             limit = await self._wait_for_room()
             records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
-        if not records:
-            return
-        async with self._flushing:
-            # What was revoked between the fetch and now belongs to another reader already.
-            mine = [record for record in records if record.partition not in self._lost]
-            await self._store(mine)
-
-    async def _store(self, records: Sequence[Record]) -> None:
-        if not records:
-            return
-        arrivals = None
-        with self._unless_stopped():
-            arrivals = await self._admitted([self._decode(record) for record in records])
+            if records:
+                # Not while flushing: a revocation need not wait until there is room.
+                arrivals = await self._admitted([self._decode(record) for record in records])
         if arrivals is None:
-            return  # stopped while there was no room: nothing is committed, so it is read again
+            return  # nothing came, or stopped while there was no room: not committed, so it is read again
+        async with self._flushing:
+            # What was revoked since it was read is read again by whoever has it now.
+            mine = self._reader.assigned
+            await self._store(
+                [record for record in records if record.partition in mine],
+                [arrival for arrival in arrivals if Partition(arrival.topic, arrival.partition) in mine],
+            )
+
+    async def _store(self, records: Sequence[Record], arrivals: Sequence[Arrival]) -> None:
+        if not records:
+            return
         inserted = await self._insert(arrivals)
         self._count(records, arrivals, inserted)
-        offsets = {record.partition: record.offset + 1 for record in records}
-        try:
-            await self._reader.commit(offsets)
-        except LogUnavailable as error:
-            # The rows are stored; read again they are known by id. The next commit carries these offsets too.
-            log.warning(
-                "offsets not committed", error=str(error), offsets={str(p): o for p, o in offsets.items()}
-            )
+        self._owed.update({record.partition: record.offset + 1 for record in records})
+        await self._commit()
         self._progress()
+
+    async def _settle_owed(self) -> None:
+        """Commit again what failed. Without a next batch nobody else would, until the tombstones are gone."""
+        if self._owed:
+            async with self._flushing:
+                await self._commit()
+
+    async def _commit(self) -> None:
+        try:
+            await self._reader.commit(self._owed)
+        except LogUnavailable as error:
+            # The rows are stored; read again they are known by id.
+            offsets = {str(partition): offset for partition, offset in self._owed.items()}
+            log.warning("offsets not committed, trying again", error=str(error), offsets=offsets)
+        else:
+            self._owed = {}
 
     async def _admitted(self, arrivals: list[Arrival]) -> list[Arrival]:
         """Wait until the store has room for these; some may be sent elsewhere instead."""
@@ -137,12 +151,11 @@ class Ingest:
                 "partitions revoked" if isinstance(change, Revoked) else "partitions assigned",
                 partitions=sorted(str(partition) for partition in change.partitions),
             )
-            if not isinstance(change, Revoked):
-                self._lost -= change.partitions
-                continue
-            self._lost |= change.partitions
-            async with self._flushing:  # what was read before is stored and committed now
-                change.acknowledge()
+            if isinstance(change, Revoked):
+                async with self._flushing:  # what was read before is stored and committed now
+                    for partition in change.partitions:
+                        self._owed.pop(partition, None)
+                    change.acknowledge()
 
     # ---- backpressure
 

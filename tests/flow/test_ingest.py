@@ -10,10 +10,13 @@ import pytest
 import trio
 
 from taskd.activation.lifecycle import Status
-from taskd.errors import StoreError
+from taskd.errors import LogUnavailable, StoreError
 from taskd.inflight.base import Inserted
 from taskd.ingest.backpressure import Limits
-from taskd.testing.clock import START_WALL_MS
+from taskd.log.base import Partition
+from taskd.log.memory import MemoryLog
+from taskd.testing.clock import START_WALL_MS, TrioClock
+from taskd.wire.envelope import scan
 
 Broker = Any  # tests/flow/conftest.py, which importlib mode does not import by name
 Clock = Any  # pytest-trio takes the clock among the test's own arguments only
@@ -103,6 +106,44 @@ async def test_a_revoked_partition_is_given_up_after_what_was_read_is_committed(
     await trio.sleep(6)
     assert (later == []) or [r.offset for r in later] == [20]
     assert await broker.committed() == 21
+
+
+async def test_offsets_that_were_refused_are_committed_without_a_next_batch(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(offsets: object, metadata: str = "") -> None:
+        raise LogUnavailable("away")
+
+    with monkeypatch.context() as away:
+        away.setattr(broker.reader, "commit", refuse)
+        await broker.produce(broker.activation("a"))
+        await trio.sleep(8)
+        assert (await broker.get_task()).id == "a"
+        assert await broker.committed() is None
+    await trio.sleep(8)
+    assert await broker.committed() == 1
+
+
+async def test_a_revocation_does_not_wait_for_room(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    now = datetime.fromtimestamp(START_WALL_MS / 1000, UTC)
+    log = MemoryLog(2, clock=TrioClock())
+    async with open_broker(tmp_path, log, limits=Limits(max_delay_count=1)) as broker:
+        await broker.produce(*(broker.activation(f"id{n}", delay=600, received_at=now) for n in range(4)))
+        await trio.sleep(1)
+        assert "delayed" in broker.ingest.paused
+        async with log.open_reader(["taskd"], "taskd") as other:
+            await trio.sleep(1)
+            (moved,) = other.assigned
+            read = {scan(record.value).id for record in await other.read_batch(10, 1)}
+            await trio.sleep(1_300)
+            delayed_here = {f"id{n}" for n in range(4)} - read
+            described = await broker.inflight.describe([f"id{n}" for n in range(4)])
+    assert moved in {Partition("taskd", 0), Partition("taskd", 1)}
+    stored = {found.id for found in described if found.status is not None}
+    assert stored >= delayed_here
+    assert len(read & stored) <= 1  # what was stored before, but nothing that waited when it was revoked
 
 
 async def test_stop_ends_feeding_after_the_batch_in_hand(autojump_clock: Clock, broker: Broker) -> None:
