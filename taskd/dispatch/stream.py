@@ -63,8 +63,7 @@ class StreamDispatch:
     async def work(self, stream: Duplex) -> None:
         """Serve one worker until it goes, or until a newer stream of the same worker takes over."""
         hello = await _hello(stream)
-        older = self._sessions.get(hello.worker_id)
-        if older is not None:
+        while (older := self._sessions.get(hello.worker_id)) is not None:  # again: others may wait here too
             await older.close()
         session = Session(self, stream, hello)
         self._sessions[hello.worker_id] = session

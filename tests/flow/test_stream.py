@@ -170,6 +170,24 @@ async def test_a_newer_stream_of_the_same_worker_takes_over(autojump_clock: Cloc
         assert broker.stream.connected_workers == 1
 
 
+async def test_of_two_newer_streams_at_once_one_remains(autojump_clock: Clock, broker: Broker) -> None:
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        stream = FakeStream()
+        await FakeWorker(stream).say(frames.Hello(worker_id="w1", pool="default"))
+        await broker.stream.work(stream)
+        ended.append(number)
+
+    async with connected(broker), trio.open_nursery() as nursery:
+        nursery.start_soon(work, 1)
+        nursery.start_soon(work, 2)
+        await broker.settle()
+        assert len(ended) == 1
+        assert broker.stream.connected_workers == 1
+        nursery.cancel_scope.cancel()
+
+
 async def test_crashes_count_as_attempts_until_poison(autojump_clock: Clock, broker: Broker) -> None:
     await produce(broker, "a", retry_state=broker.dead_letter_policy())
     async with connected(broker) as worker:
