@@ -25,8 +25,8 @@ class Presence:
         self._seen_mono_ms = {
             worker: at for worker, at in self._seen_mono_ms.items() if worker in held or now_ms - at < for_ms
         }
-        return [
-            worker
-            for worker in held
-            if now_ms - self._seen_mono_ms.get(worker, self._since_mono_ms) >= for_ms
-        ]
+        return [worker for worker in held if self.is_silent(worker, for_ms)]
+
+    def is_silent(self, worker: str, for_ms: int) -> bool:
+        last_mono_ms = self._seen_mono_ms.get(worker, self._since_mono_ms)
+        return self._clock.now().mono_ms - last_mono_ms >= for_ms

@@ -65,8 +65,10 @@ def broker_duties(
     async def end_silent() -> int:
         if clock.now().mono_ms < quiet_until_mono_ms:
             return 0
-        ended = 0
-        for worker in presence.silent(await inflight.holders(), settings().lease_ms):
+        ended, lease_ms = 0, settings().lease_ms
+        for worker in presence.silent(await inflight.holders(), lease_ms):
+            if not presence.is_silent(worker, lease_ms):
+                continue  # it came back while the leases of others ended
             leases = await inflight.reconcile(worker, ())
             log.warning("worker is silent, its leases end", worker=worker, leases=leases)
             ended += leases

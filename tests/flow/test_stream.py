@@ -125,6 +125,27 @@ async def test_a_silent_worker_loses_its_leases_and_a_heartbeat_keeps_them(
     assert (await describe(broker, "a")).status is Status.PENDING
 
 
+async def test_a_worker_heard_of_while_others_lose_their_leases_keeps_its_own(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reconcile, ended = broker.inflight.reconcile, []
+
+    async def slow(worker: str, holding: object) -> int:
+        ended.append(worker)
+        for other in {"w1", "w2"} - {worker}:
+            broker.stream.presence.seen(other)
+        return int(await reconcile(worker, holding))
+
+    await produce(broker, "a", "b")
+    async with connected(broker, worker_id="w1") as one, connected(broker, worker_id="w2") as two:
+        await one.work(1)
+        await two.work(1)
+        monkeypatch.setattr(broker.inflight, "reconcile", slow)
+        await trio.sleep(33)
+    assert len(ended) == 1
+    assert broker.inflight.counts()[Status.PROCESSING] == 1
+
+
 async def test_a_superseded_result_is_taken_and_changes_nothing(
     autojump_clock: Clock, broker: Broker
 ) -> None:
