@@ -45,15 +45,26 @@ def configure(
     kafka: str | None = None,
     topic: str | None = None,
     timeout_s: float | None = None,
+    secret: str | None = None,
+    tls_ca: str | None = None,
 ) -> None:
     """Say how `.delay()` reaches the log; what is None comes from the environment (`TASKD_LOG`, ...).
 
     `log`: "embedded" (append through the broker at `broker`, host:port) or "kafka" (produce to the
     cluster at `kafka`). `topic`: of namespaces that name none. `timeout_s`: the longest wait of one
-    `.delay()`. An open connection is flushed and closed. Values are checked at the next send, which
-    raises ConfigError.
+    `.delay()`. `secret`: shared with the broker, signs the calls. `tls_ca`: file of who signs the
+    broker's certificate; turns TLS on. An open connection is flushed and closed. Values are checked
+    at the next send, which raises ConfigError, or StartupError for a file.
     """
-    settings = {"log": log, "broker": broker, "kafka": kafka, "topic": topic, "timeout_s": timeout_s}
+    settings: dict[str, str | float | None] = {
+        "log": log,
+        "broker": broker,
+        "kafka": kafka,
+        "topic": topic,
+        "timeout_s": timeout_s,
+        "secret": secret,
+        "tls_ca": tls_ca,
+    }
     _outbox.set_opener(lambda: _open_outbox(settings))
 
 

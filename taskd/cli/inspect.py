@@ -10,6 +10,7 @@ from taskd.cli import flags
 
 if TYPE_CHECKING:
     from taskd.admin.wait import Seen
+    from taskd.config.schema import ProducerConfig
 
 
 def status(
@@ -32,8 +33,7 @@ def status(
     from taskd.telemetry.logs import setup_logging
 
     setup_logging("warning", "auto")
-    address = load_producer_config({"broker": broker}).broker
-    found = trio.run(_ask, address, ids)
+    found = trio.run(_ask, load_producer_config({"broker": broker}), ids)
     if json:
         from dataclasses import asdict
         from json import dumps
@@ -46,12 +46,13 @@ def status(
         raise typer.Exit(1)
 
 
-async def _ask(address: str, ids: list[str]) -> list[Seen]:
+async def _ask(config: ProducerConfig, ids: list[str]) -> list[Seen]:
     from taskd import aio
     from taskd.admin.wait import get_status
+    from taskd.rpc.access import producer_access
     from taskd.rpc.client import connect
 
-    async with aio.open_loop(), connect(address) as client:
+    async with aio.open_loop(), connect(config.broker, producer_access(config)) as client:
         return await get_status(client, ids)
 
 

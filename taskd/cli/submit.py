@@ -111,7 +111,7 @@ async def _submit(
         try:
             await _send(config, task, calls, count, summary)
             if timeout_s is not None and summary.ids:
-                await _wait(config.broker, timeout_s, summary)
+                await _wait(config, timeout_s, summary)
         finally:
             summary.seconds = trio.current_time() - began_s
         nursery.cancel_scope.cancel()
@@ -159,10 +159,11 @@ def _batches(calls: Sequence[Kwargs], count: int) -> Iterator[list[Kwargs]]:
         yield batch
 
 
-async def _wait(address: str, timeout_s: float, summary: Summary) -> None:
+async def _wait(config: ProducerConfig, timeout_s: float, summary: Summary) -> None:
     from taskd import aio
     from taskd.admin.wait import Progress, wait_for
     from taskd.cli.meter import meter
+    from taskd.rpc.access import producer_access
     from taskd.rpc.client import connect
 
     with meter("ended", len(summary.ids)) as step:
@@ -171,5 +172,5 @@ async def _wait(address: str, timeout_s: float, summary: Summary) -> None:
             failed = f"{progress.failed} failed" if progress.failed else ""
             step(progress.done, progress.trouble or failed)
 
-        async with aio.open_loop(), connect(address) as client:
+        async with aio.open_loop(), connect(config.broker, producer_access(config)) as client:
             summary.finals = await wait_for(client, summary.ids, on_progress=show, timeout_s=timeout_s)

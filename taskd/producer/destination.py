@@ -11,6 +11,7 @@ from taskd.errors import LogUnavailable, PeerError, Refused, Undecodable
 from taskd.log.base import Outgoing, Partition, Position, Rejected, Writer
 from taskd.log.kafka import KafkaLog
 from taskd.rpc import client
+from taskd.rpc.access import Access, producer_access
 from taskd.wire.protobuf import bytes_field, fields, text_field
 
 APPEND = "/taskd.v1.LogService/Append"
@@ -30,27 +31,28 @@ class Destination:
 
 
 def destination(config: ProducerConfig) -> Destination:
-    """Where `config` says records go; opens nothing yet."""
+    """Where `config` says records go; opens nothing yet. Raises StartupError when TLS cannot be used."""
     if config.log == "kafka":
         return Destination(
             name=f"Kafka at {config.kafka}",
             advice="Check that it can be reached; TASKD_KAFKA or taskd.configure(kafka=...) names it",
             open_writer=KafkaLog(bootstrap=config.kafka).open_writer,
         )
+    access = producer_access(config)
     return Destination(
         name=f"the broker at {config.broker}",
         advice=(
             "Check that `taskd broker` or `taskd dev` runs there; "
             "TASKD_BROKER or taskd.configure(broker=...) names it"
         ),
-        open_writer=lambda: open_remote_writer(config.broker, config.timeout_s),
+        open_writer=lambda: open_remote_writer(config.broker, config.timeout_s, access),
     )
 
 
 @asynccontextmanager
-async def open_remote_writer(address: str, timeout_s: float) -> AsyncIterator[Writer]:
+async def open_remote_writer(address: str, timeout_s: float, access: Access) -> AsyncIterator[Writer]:
     """Append to the embedded log of the broker at `address`; connects on the first append."""
-    async with client.connect(address) as connected:
+    async with client.connect(address, access) as connected:
         yield RemoteWriter(connected, timeout_s)
 
 

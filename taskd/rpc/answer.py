@@ -14,14 +14,17 @@ from h2.errors import ErrorCodes
 
 from taskd import aio
 from taskd.errors import PeerUnavailable, Refused
-from taskd.rpc.base import Reply, Services, Stream, Unary
-from taskd.rpc.exchange import Exchange, Headers
+from taskd.rpc.auth import Guard
+from taskd.rpc.base import Headers, Reply, Services, Stream, Unary
+from taskd.rpc.exchange import Exchange
+from taskd.rpc.limits import DELIVER_S, RECEIVE_S
 
 log = structlog.get_logger("taskd.rpc")
 
 UNDELIVERED_S = 10.0
 MESSAGE_CHARS = 1000  # other implementations take 8 KiB of headers in all
 TIMEOUT_CHARS = 9  # the protocol allows eight digits and a unit
+PATH_CHARS = 200  # of a path that is told back
 CONTENT_TYPES = ("application/grpc", "application/grpc+proto")
 
 
@@ -29,6 +32,8 @@ CONTENT_TYPES = ("application/grpc", "application/grpc+proto")
 class Limits:
     max_request_bytes: int
     max_reply_bytes: int
+    receive_s: float = RECEIVE_S
+    deliver_s: float = DELIVER_S
 
 
 class _ServerStream:
@@ -49,7 +54,12 @@ class Call:
     """One call. Cancel `scope` to end it; the peer's going does so by itself."""
 
     def __init__(
-        self, exchange: Exchange, headers: Mapping[str, str], services: Services, limits: Limits
+        self,
+        exchange: Exchange,
+        headers: Mapping[str, str],
+        services: Services,
+        limits: Limits,
+        guard: Guard | None = None,
     ) -> None:
         self.exchange = exchange
         self.path = headers.get(":path", "")
@@ -57,6 +67,7 @@ class Call:
         self._headers = headers
         self._services = services
         self._limits = limits
+        self._guard = guard
         self._headers_sent = False
         exchange.on_gone = self.scope.cancel
 
@@ -71,6 +82,7 @@ class Call:
         finally:
             self.exchange.give_up(ErrorCodes.NO_ERROR, "the call has ended")
             self.exchange.release()
+            self.exchange.buffer.discard()
 
     async def _outcome(self) -> Refused | None:
         """Run the handler; None when the peer has its answer, else what to refuse it with."""
@@ -114,12 +126,16 @@ class Call:
             return
         service = self._services.get(self.path)
         if service is None:
-            raise Refused("UNIMPLEMENTED", f"no method {self.path} here")
+            raise Refused("UNIMPLEMENTED", f"no method {self.path[:PATH_CHARS]} here")
+        if self._guard is not None:
+            self._guard.check_head(self.path, self._headers)
         self.scope.deadline = trio.current_time() + self._timeout_s()
         match service:
             case Unary(handler):
                 await self._answer_unary(handler)
             case Stream(handler):
+                if self._guard is not None:
+                    self._guard.check(self.path, self._headers, None)
                 await handler(_ServerStream(self))
                 self._end("OK")
             case _:
@@ -140,9 +156,9 @@ class Call:
             ) from None
 
     async def _answer_unary(self, handler: Callable[[bytes], Awaitable[bytes | Reply]]) -> None:
-        request = await self.exchange.receive()
-        if request is None:
-            raise Refused("INVALID_ARGUMENT", "expected one message in the request, found none")
+        request = await self._receive()
+        if self._guard is not None:
+            self._guard.check(self.path, self._headers, request)
         answer = await handler(request)
         reply = answer if isinstance(answer, Reply) else Reply(answer)
         delivered = False
@@ -152,6 +168,17 @@ class Call:
         finally:
             if not delivered and reply.undelivered is not None:
                 await self._take_back(reply.undelivered)
+
+    async def _receive(self) -> bytes:
+        """The whole request, or Refused: a peer that sends it drop by drop holds memory meanwhile."""
+        with trio.move_on_after(self._limits.receive_s):
+            request = await self.exchange.receive()
+            if request is None:
+                raise Refused("INVALID_ARGUMENT", "expected one message in the request, found none")
+            return request
+        raise Refused(
+            "DEADLINE_EXCEEDED", f"the request was not complete within {self._limits.receive_s:g} s"
+        )
 
     async def _deliver(self, body: bytes) -> None:
         if len(body) > self._limits.max_reply_bytes:
@@ -163,7 +190,11 @@ class Call:
         # A handler that finished behind a shield learns here that its caller did not wait.
         await trio.lowlevel.checkpoint_if_cancelled()
         self.send_first_headers()
-        await self.exchange.send(body, hold=True)
+        with trio.move_on_after(self._limits.deliver_s) as scope:
+            await self.exchange.send(body, hold=True)
+        if scope.cancelled_caught:
+            self.exchange.give_up(ErrorCodes.CANCEL, "the peer did not take its reply")
+            raise PeerUnavailable(f"{self.exchange.connection.peer} did not take its reply")
         self._end("OK")
 
     async def _take_back(self, undelivered: Callable[[], Awaitable[object]]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+Headers = list[tuple[str, str]]
+
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
 """Requests and replies of existing brokers and clients are held to this size (contract, RPC answers)."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -22,12 +23,17 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error, TooManyStreamsError
 
 from taskd import aio
-from taskd.errors import ConfigError, PeerError, PeerTimeout, PeerUnavailable, Refused
-from taskd.rpc.base import MAX_MESSAGE_BYTES, ClientStream
+from taskd.clock import Clock, SystemClock
+from taskd.errors import ConfigError, PeerError, PeerTimeout, PeerUnavailable, PeerUnreachable, Refused
+from taskd.rpc.access import OPEN, Access
+from taskd.rpc.auth import Signer
+from taskd.rpc.base import MAX_MESSAGE_BYTES, ClientStream, Headers
 from taskd.rpc.connection import Protocol, configuration
-from taskd.rpc.exchange import Exchange, Headers
+from taskd.rpc.exchange import Exchange
+from taskd.rpc.limits import Keepalive
 
 CONNECT_S = 5.0
+KEEPALIVE = Keepalive(time_s=30.0, without_calls=False)
 MAX_TIMEOUT_S = 99_999_999.0  # eight digits are what grpc-timeout can hold
 MAX_REPLY_BYTES = MAX_MESSAGE_BYTES + 1024 * 1024  # what an activation of the largest size is wrapped in
 
@@ -128,12 +134,12 @@ class _NoRequests(AbstractHandler):
 class Client:
     """Calls to one address. Opened by `connect`; shared by any number of tasks."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: Access, clock: Clock, keepalive: Keepalive) -> None:
         self.address = address
         self._host, self._port = split_address(address)
-        self._config: Configuration = configuration(
-            keepalive_time_s=30.0, without_calls=False
-        ).__for_client__()
+        self._signer = Signer(access.secrets, clock)
+        self._tls = access.tls
+        self._config: Configuration = configuration(keepalive).__for_client__()
         self._protocol: Protocol | None = None
         self._connecting = trio.Lock()
         self._failed_at = float("-inf")
@@ -144,19 +150,23 @@ class Client:
         """One request, one reply. Raises PeerUnavailable, PeerTimeout, Refused.
 
         PeerTimeout means that the peer may have done what was asked; without a connection it is
-        PeerUnavailable instead. Cancelling tells the server, which cancels its handler.
+        PeerUnreachable instead. Cancelling tells the server, which cancels its handler.
         """
         exchange: Exchange | None = None
         try:
             with trio.move_on_after(timeout_s):
-                exchange = await self._open(path, timeout_s)
+                exchange = await self._open(path, body, timeout_s)
                 return await _unary(_ClientCall(exchange), body)
+        except PeerUnavailable as error:
+            if exchange is None:
+                raise PeerUnreachable(str(error)) from error
+            raise
         finally:
             if exchange is not None:
                 exchange.give_up(ErrorCodes.CANCEL, "the call has ended")
                 exchange.release()
         if exchange is None:
-            raise PeerUnavailable(f"{self.address}: no connection within {timeout_s:g} s")
+            raise PeerUnreachable(f"{self.address}: no connection within {timeout_s:g} s")
         raise PeerTimeout(f"{self.address}: no answer to {path} within {timeout_s:g} s")
 
     @asynccontextmanager
@@ -166,7 +176,7 @@ class Client:
         Leaving the block cancels the stream at the server, unless it ended; for an orderly end call
         `finish()` and receive until None.
         """
-        exchange = await self._open(path, None)
+        exchange = await self._open(path, None, None)
         try:
             exchange.connection.flush()
             yield _ClientCall(exchange)
@@ -174,14 +184,14 @@ class Client:
             exchange.give_up(ErrorCodes.CANCEL, "the stream has ended")
             exchange.release()
 
-    async def _open(self, path: str, timeout_s: float | None) -> Exchange:
-        """A new stream whose headers go out with the next flush."""
+    async def _open(self, path: str, body: bytes | None, timeout_s: float | None) -> Exchange:
+        """A new stream whose headers go out with the next flush. `body` None: not one message."""
         while True:
             protocol = await self._connected()
             h2 = protocol.connection.h2
             try:
                 stream_id = h2.get_next_available_stream_id()
-                h2.send_headers(stream_id, self._headers(path, timeout_s))
+                h2.send_headers(stream_id, self._headers(path, body, timeout_s))
             except TooManyStreamsError:
                 await protocol.connection.stream_closed.park()
             except H2Error as error:
@@ -193,15 +203,16 @@ class Client:
                 exchange.release = protocol.processor.register(exchange)
                 return exchange
 
-    def _headers(self, path: str, timeout_s: float | None) -> Headers:
+    def _headers(self, path: str, body: bytes | None, timeout_s: float | None) -> Headers:
         headers = [
             (":method", "POST"),
-            (":scheme", "http"),
+            (":scheme", "http" if self._tls is None else "https"),
             (":path", path),
             (":authority", self.address),
             ("te", "trailers"),
             ("content-type", "application/grpc"),
             ("user-agent", USER_AGENT),
+            *self._signer.headers(path, body),
         ]
         if timeout_s is not None and timeout_s < MAX_TIMEOUT_S:
             headers.append(("grpc-timeout", encode_timeout(timeout_s)))
@@ -237,7 +248,10 @@ class Client:
         protocol = Protocol(_NoRequests(), self._config, client_side=True, max_message_bytes=MAX_REPLY_BYTES)
         ready = False
         try:
-            await aio.call(_adopt, protocol, connected)
+            try:
+                await aio.call(_adopt, protocol, connected, self._tls, self._host)
+            except (OSError, aio.Interrupted) as error:
+                raise PeerUnavailable(f"{self.address}: {_why_not(error)}") from error
             await protocol.connection.ready.wait()
             ready = not protocol.connection.is_closing()
         finally:
@@ -245,7 +259,12 @@ class Client:
                 _abort(protocol, connected)
         if not ready:
             raise PeerUnavailable(
-                f"{self.address}: hung up before the first HTTP/2 frame; is it a gRPC port?"
+                f"{self.address}: hung up before the first HTTP/2 frame; "
+                + (
+                    "is it a gRPC port, and does it want TLS?"
+                    if self._tls is None
+                    else "does it want a certificate of ours?"
+                )
             )
         return protocol
 
@@ -265,8 +284,20 @@ async def _unary(call: _ClientCall, body: bytes) -> bytes:
     return reply
 
 
-async def _adopt(protocol: Protocol, connected: socket.socket) -> None:
-    await asyncio.get_running_loop().create_connection(lambda: protocol, sock=connected)
+async def _adopt(protocol: Protocol, connected: socket.socket, tls: ssl.SSLContext | None, host: str) -> None:
+    loop = asyncio.get_running_loop()
+    if tls is None:
+        await loop.create_connection(lambda: protocol, sock=connected)
+    else:
+        await loop.create_connection(lambda: protocol, sock=connected, ssl=tls, server_hostname=host)
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS connection: {error.reason or error}"
+    return f"no connection: {error}"
 
 
 def _abort(protocol: Protocol, connected: socket.socket) -> None:
@@ -277,12 +308,15 @@ def _abort(protocol: Protocol, connected: socket.socket) -> None:
 
 
 @asynccontextmanager
-async def connect(address: str) -> AsyncIterator[Client]:
+async def connect(
+    address: str, access: Access = OPEN, *, clock: Clock | None = None, keepalive: Keepalive = KEEPALIVE
+) -> AsyncIterator[Client]:
     """A client of the gRPC server at `address` (`host:port`); connects when called, and again after a loss.
 
-    Raises ConfigError when the address is none; nothing else. Runs inside `aio.open_loop()`.
+    `access`: the secrets that sign its calls, and TLS. Raises ConfigError when the address is none;
+    nothing else. Runs inside `aio.open_loop()`.
     """
-    client = Client(address)
+    client = Client(address, access, clock or SystemClock(), keepalive)
     try:
         yield client
     finally:

@@ -7,6 +7,7 @@ own connection.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 import trio
@@ -15,12 +16,22 @@ from grpclib.protocol import AbstractHandler, Connection, EventsProcessor, H2Pro
 from grpclib.utils import Wrapper
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    PingReceived,
+    PriorityUpdated,
+    RemoteSettingsChanged,
+    StreamReset,
+    UnknownFrameReceived,
+)
 from h2.events import Event as H2Event
-from h2.events import RemoteSettingsChanged
+from h2.exceptions import FrameTooLargeError
 from h2.settings import SettingCodes, Settings
 from trio.lowlevel import ParkingLot
 
 from taskd.rpc.exchange import Exchange, Signal
+from taskd.rpc.limits import FRAME_S, HELLO_S, MAX_UNSENT_BYTES, Budget, Glitches, Keepalive
 
 log = structlog.get_logger("taskd.rpc")
 
@@ -36,17 +47,18 @@ SETTINGS = {
     SettingCodes.MAX_CONCURRENT_STREAMS: 100,
     SettingCodes.MAX_HEADER_LIST_SIZE: 64 * 1024,
 }
+GLITCHES = (PingReceived, RemoteSettingsChanged, PriorityUpdated, UnknownFrameReceived)
 GOODBYE_S = 1.0  # for what is still in the transport's buffer when a connection is closed
 
 
-def configuration(*, keepalive_time_s: float, without_calls: bool) -> Configuration:
-    """Pings find a peer whose machine or network is gone: every `keepalive_time_s`, 20 s to answer."""
+def configuration(keepalive: Keepalive) -> Configuration:
+    """Pings find a peer whose machine or network is gone."""
     return Configuration(
-        _keepalive_time=keepalive_time_s,
-        _keepalive_timeout=20.0,
-        _keepalive_permit_without_calls=without_calls,
+        _keepalive_time=keepalive.time_s,
+        _keepalive_timeout=keepalive.timeout_s,
+        _keepalive_permit_without_calls=keepalive.without_calls,
         _http2_max_pings_without_data=0,
-        _http2_min_sent_ping_interval_without_data=keepalive_time_s / 2,
+        _http2_min_sent_ping_interval_without_data=keepalive.time_s / 2,
         http2_connection_window_size=CONNECTION_WINDOW_BYTES,
         http2_stream_window_size=STREAM_WINDOW_BYTES,
     )
@@ -56,13 +68,19 @@ class Channel(Connection):
     """One HTTP/2 connection."""
 
     def __init__(
-        self, h2: H2Connection, transport: asyncio.Transport, config: Configuration, max_message_bytes: int
+        self,
+        h2: H2Connection,
+        transport: asyncio.Transport,
+        config: Configuration,
+        max_message_bytes: int,
+        budget: Budget | None,
     ):
         super().__init__(h2, transport, config=config)
         self._loop = asyncio.get_running_loop()
         self.h2 = h2
         self.transport = transport
         self.max_message_bytes = max_message_bytes
+        self.budget = budget
         self.stream_closed = ParkingLot()
         self.stream_close_waiter = Signal(self.stream_closed, wakes=1)
         self.ready = trio.Event()  # the peer's settings came, or never will
@@ -116,7 +134,14 @@ class Protocol(H2Protocol):
     processor: _Processor
 
     def __init__(
-        self, handler: AbstractHandler, config: Configuration, *, client_side: bool, max_message_bytes: int
+        self,
+        handler: AbstractHandler,
+        config: Configuration,
+        *,
+        client_side: bool,
+        max_message_bytes: int,
+        budget: Budget | None = None,
+        on_lost: Callable[[Protocol], None] = lambda protocol: None,
     ) -> None:
         # latin-1 decodes any byte: a strange header is its call's problem, not the connection's.
         h2_config = H2Configuration(
@@ -129,6 +154,8 @@ class Protocol(H2Protocol):
         )
         super().__init__(handler, config, h2_config)
         self._max_message_bytes = max_message_bytes
+        self._budget = budget
+        self._on_lost = on_lost
         self.lost = trio.Event()
         self._unwanted = False
 
@@ -140,7 +167,10 @@ class Protocol(H2Protocol):
         h2.max_inbound_frame_size = FRAME_BYTES
         h2.initiate_connection()
         h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - INITIAL_WINDOW_BYTES)
-        self.connection = Channel(h2, transport, self.config, self._max_message_bytes)
+        self.connection = Channel(h2, transport, self.config, self._max_message_bytes, self._budget)
+        self._frames = h2.incoming_buffer
+        self._began_s = self._last_frame_s = self._now_s()
+        self._glitches = Glitches(self._began_s)
         self.connection.flush()
         self.connection.initialize()
         self.processor = _Processor(self.handler, self.connection)
@@ -150,14 +180,59 @@ class Protocol(H2Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             events = self.connection.feed(data)
+            self._check_frame_size()
             self.connection.flush()
+            if events or not self._unfinished:
+                self._last_frame_s = self._now_s()
             for event in events:
+                if self._is_glitch(event) and not self._glitches.spend(self._last_frame_s):
+                    self._hang_up("too many resets, pings or empty frames", ErrorCodes.ENHANCE_YOUR_CALM)
+                    return
                 self.processor.process(event)
         except Exception as error:
-            log.warning("connection closed: bad HTTP/2", peer=self.connection.peer, error=repr(error))
+            log.warning("connection closed: bad HTTP/2", peer=self.connection.peer, error=repr(error)[:500])
             self.connection.flush()  # what h2 has to say about it
             self.processor.close("bad HTTP/2")
         self.connection.flush()
+
+    def _check_frame_size(self) -> None:
+        # h2 does so too, but only after the whole frame, of up to 16 MiB, has come.
+        head = self._frames._data[:3]
+        if len(head) == 3 and (length := int.from_bytes(head, "big")) > FRAME_BYTES:
+            raise FrameTooLargeError(f"a frame of {length} bytes, {FRAME_BYTES} at most were announced")
+
+    @property
+    def _unfinished(self) -> bool:
+        """A frame, or a block of headers, was begun and is not complete."""
+        return bool(self._frames._data or self._frames._headers_buffer)
+
+    def _is_glitch(self, event: H2Event) -> bool:
+        if isinstance(event, DataReceived):
+            return not event.data and event.stream_ended is None
+        if isinstance(event, StreamReset):  # for one that is over, it answers what was still on its way
+            return event.stream_id in self.processor.streams
+        return isinstance(event, GLITCHES)
+
+    def check(self) -> None:
+        """Hang up on a peer that let a deadline pass. Called every now and then."""
+        if not hasattr(self, "connection") or self.connection.is_closing():
+            return
+        now_s = self._now_s()
+        if not self.connection.ready.is_set() and now_s - self._began_s > HELLO_S:
+            self._hang_up(f"no HTTP/2 settings within {HELLO_S:g} s", ErrorCodes.SETTINGS_TIMEOUT)
+        elif self._unfinished and now_s - self._last_frame_s > FRAME_S:
+            self._hang_up(f"a frame was not complete within {FRAME_S:g} s", ErrorCodes.ENHANCE_YOUR_CALM)
+        elif self.connection.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self._hang_up("it does not read", ErrorCodes.ENHANCE_YOUR_CALM)
+
+    def _hang_up(self, why: str, code: ErrorCodes) -> None:
+        log.warning("connection closed", peer=self.connection.peer, why=why)
+        self.connection.h2.close_connection(code)
+        self.connection.flush()
+        self.processor.close(why)
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -167,11 +242,14 @@ class Protocol(H2Protocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self.lost.set()
+        self._on_lost(self)
 
     async def say_goodbye(self, reason: str) -> None:
         """Send GOAWAY and close; what is not taken within `GOODBYE_S` is dropped. Call it shielded."""
         self._unwanted = True
-        if hasattr(self, "connection") and not self.connection.is_closing():
+        if not hasattr(self, "connection"):
+            return  # not made yet: whoever makes it is cancelled, or it is closed as soon as it is there
+        if not self.connection.is_closing():
             self.connection.h2.close_connection()
             self.connection.flush()
             self.processor.close(reason)

@@ -23,12 +23,11 @@ from h2.exceptions import H2Error
 from trio.lowlevel import ParkingLot
 
 from taskd.errors import PeerUnavailable
+from taskd.rpc.base import Headers
 from taskd.rpc.inbox import PREFIX, Inbox
 
 if TYPE_CHECKING:
     from taskd.rpc.connection import Channel
-
-Headers = list[tuple[str, str]]
 
 
 class Signal(asyncio.Event):
@@ -67,7 +66,8 @@ class Exchange(GrpclibStream):
 
     def init_stream(self, stream_id: int, connection: Connection) -> None:
         super().init_stream(stream_id, connection)
-        self.buffer = Inbox(self.connection.max_message_bytes, partial(self.connection.ack, stream_id))
+        channel = self.connection
+        self.buffer = Inbox(channel.max_message_bytes, partial(channel.ack, stream_id), channel.budget)
 
     def __terminated__(self, reason: str) -> None:
         if self.gone is None:

@@ -15,6 +15,7 @@ from grpclib.protocol import Buffer
 from trio.lowlevel import ParkingLot
 
 from taskd.errors import Refused
+from taskd.rpc.limits import Budget
 
 PREFIX = struct.Struct(">BI")
 
@@ -28,8 +29,13 @@ class Inbox(Buffer):
     one window are kept for a reader that does not read.
     """
 
-    def __init__(self, max_message_bytes: int, acknowledge: Callable[[int], None]) -> None:
+    def __init__(
+        self, max_message_bytes: int, acknowledge: Callable[[int], None], budget: Budget | None = None
+    ) -> None:
         self._max_message_bytes = max_message_bytes
+        self._budget = budget
+        self._finished_bytes = 0
+        self._kept_bytes = 0  # as the budget was told
         self._acknowledge = acknowledge
         self._messages: deque[tuple[bytes, int]] = deque()
         self._partial = bytearray()
@@ -47,6 +53,7 @@ class Inbox(Buffer):
         self._partial += data
         self._held += len(data)
         self._split()
+        self._account()
         self._give_back_partial()
         self.arrived.unpark_all()
 
@@ -64,10 +71,30 @@ class Inbox(Buffer):
                 break
             occupied = min(end - start, self._held - (len(self._partial) - end))
             self._messages.append((bytes(memoryview(self._partial)[start + PREFIX.size : end]), occupied))
+            self._finished_bytes += length
             self._held -= occupied
             start = end
         if start:
             del self._partial[:start]
+
+    def _account(self) -> None:
+        """Tell the budget; when all peers together hold too much, this is the message that is not taken."""
+        if self._budget is None:
+            return
+        kept = len(self._partial) + self._finished_bytes
+        self._budget.used_bytes += kept - self._kept_bytes
+        self._kept_bytes = kept
+        if self._partial and self._budget.used_bytes > self._budget.most_bytes:
+            self.fault = Refused("UNAVAILABLE", "too many requests are being received; try again")
+            self._partial.clear()
+            self._account()
+
+    def discard(self) -> None:
+        """Nobody will take what is left."""
+        self._partial.clear()
+        self._messages.clear()
+        self._finished_bytes = 0
+        self._account()
 
     def _give_back_partial(self) -> None:
         if self._held and not self._messages:
@@ -102,6 +129,8 @@ class Inbox(Buffer):
         if not self._messages:
             return None
         body, occupied = self._messages.popleft()
+        self._finished_bytes -= len(body)
+        self._account()
         self._acknowledge(occupied)
         self._give_back_partial()
         return body

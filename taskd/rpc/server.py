@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -22,39 +23,98 @@ from grpclib.protocol import Stream as GrpclibStream
 from taskd import aio
 from taskd.errors import StartupError
 from taskd.rpc.answer import Call, Limits
-from taskd.rpc.base import MAX_MESSAGE_BYTES, Services
+from taskd.rpc.auth import Guard
+from taskd.rpc.base import MAX_MESSAGE_BYTES, Headers, Services
 from taskd.rpc.connection import Protocol, configuration
-from taskd.rpc.exchange import Exchange, Headers
+from taskd.rpc.exchange import Exchange
+from taskd.rpc.limits import (
+    HELLO_S,
+    MAX_CONNECTIONS,
+    MAX_RECEIVING_BYTES,
+    SWEEP_S,
+    Budget,
+    Keepalive,
+    connections_allowed,
+)
 
 log = structlog.get_logger("taskd.rpc")
 
 UNWIND_S = 5.0  # for handlers to unwind and tell their callers, before connections are closed all the same
-LISTENER_S = 2.0
 BACKLOG = 1024
+KEEPALIVE = Keepalive()
 
 
 class _Server:
     """All connections of one listener and the calls on them."""
 
-    def __init__(self, services: Services, limits: Limits, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        services: Services,
+        limits: Limits,
+        nursery: trio.Nursery,
+        *,
+        guard: Guard | None,
+        tls: ssl.SSLContext | None,
+        keepalive: Keepalive,
+        max_connections: int,
+    ) -> None:
         self.services = services
         self.limits = limits
+        self.guard = guard
         self.nursery = nursery
         self.stopping = False
         self.calls: set[Call] = set()
         self.idle = trio.lowlevel.ParkingLot()
+        self._tls = tls
+        self._max_connections = max_connections
+        self._turned_away = 0
+        self._accepting = trio.CancelScope()
         self._protocols: set[Protocol] = set()
-        self._config: Configuration = configuration(
-            keepalive_time_s=60.0, without_calls=True
-        ).__for_server__()
+        self._budget = Budget(MAX_RECEIVING_BYTES)
+        self._config: Configuration = configuration(keepalive).__for_server__()
 
-    def new_protocol(self) -> Protocol:
-        self._protocols = {protocol for protocol in self._protocols if not protocol.lost.is_set()}
+    # ---- connections
+
+    async def accept(self, listeners: list[trio.SocketListener]) -> None:
+        """Take connections until `stop`."""
+        with self._accepting:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._sweep)
+                await trio.serve_listeners(self._welcome, listeners, handler_nursery=nursery)
+
+    async def _sweep(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_S)
+            for protocol in list(self._protocols):
+                protocol.check()
+            if self._turned_away:
+                log.warning("connections turned away", count=self._turned_away, most=self._max_connections)
+                self._turned_away = 0
+
+    async def _welcome(self, stream: trio.SocketStream) -> None:
+        """Give the socket to asyncio; TLS shakes hands first, within `HELLO_S`."""
+        if len(self._protocols) >= self._max_connections:
+            self._turned_away += 1
+            stream.socket.close()
+            return
+        connected = socket.socket(fileno=stream.socket.detach())
         protocol = Protocol(
-            _Acceptor(self), self._config, client_side=False, max_message_bytes=self.limits.max_request_bytes
+            _Acceptor(self),
+            self._config,
+            client_side=False,
+            max_message_bytes=self.limits.max_request_bytes,
+            budget=self._budget,
+            on_lost=self._protocols.discard,
         )
         self._protocols.add(protocol)
-        return protocol
+        try:
+            await aio.call(_adopt, protocol, connected, self._tls)
+        except (OSError, aio.Interrupted) as error:
+            log.info("connection not made", error=repr(error))
+        finally:
+            if not hasattr(protocol, "connection"):
+                self._protocols.discard(protocol)
+                connected.close()
 
     def start(self, call: Call) -> None:
         if self.stopping:
@@ -70,11 +130,11 @@ class _Server:
             if not self.calls:
                 self.idle.unpark_all()
 
-    async def stop(self, listener: asyncio.Server) -> None:
-        """End every call, say goodbye on every connection, close the listener. Nobody can make it hang."""
+    async def stop(self) -> None:
+        """End every call, say goodbye on every connection. Nobody can make it hang."""
         with trio.CancelScope(shield=True):
             self.stopping = True
-            listener.close()
+            self._accepting.cancel()
             for call in self.calls:
                 call.scope.cancel()
             with trio.move_on_after(UNWIND_S):
@@ -83,10 +143,8 @@ class _Server:
             if self.calls:
                 log.warning("calls outlived the server", paths=sorted(call.path for call in self.calls))
             async with trio.open_nursery() as nursery:
-                for protocol in self._protocols:
+                for protocol in list(self._protocols):
                     nursery.start_soon(protocol.say_goodbye, "the server is stopping")
-            # From 3.12.1 on it waits for connections, which are all closed by now.
-            await aio.finish(listener.wait_closed, within_s=LISTENER_S)
 
 
 class _Acceptor(AbstractHandler):
@@ -98,7 +156,8 @@ class _Acceptor(AbstractHandler):
     def accept(self, stream: GrpclibStream, headers: Headers, release_stream: Callable[[], None]) -> None:
         assert isinstance(stream, Exchange)
         stream.release = release_stream
-        self._server.start(Call(stream, dict(headers), self._server.services, self._server.limits))
+        server = self._server
+        server.start(Call(stream, dict(headers), server.services, server.limits, server.guard))
 
     def cancel(self, stream: GrpclibStream) -> None:
         pass
@@ -107,9 +166,10 @@ class _Acceptor(AbstractHandler):
         pass
 
 
-async def _listen(server: _Server, host: str, port: int) -> asyncio.Server:
-    loop = asyncio.get_running_loop()
-    return await loop.create_server(server.new_protocol, host, port, backlog=BACKLOG)
+async def _adopt(protocol: Protocol, connected: socket.socket, tls: ssl.SSLContext | None) -> None:
+    await asyncio.get_running_loop().connect_accepted_socket(
+        lambda: protocol, connected, ssl=tls, ssl_handshake_timeout=HELLO_S if tls else None
+    )
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
@@ -154,22 +214,36 @@ async def serve(
     *,
     max_request_bytes: int = MAX_MESSAGE_BYTES,
     max_reply_bytes: int = MAX_MESSAGE_BYTES,
+    guard: Guard | None = None,
+    tls: ssl.SSLContext | None = None,
+    keepalive: Keepalive = KEEPALIVE,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> AsyncIterator[int]:
     """Answer calls of `services` while the block lasts; yields the bound port (`port` 0 takes a free one).
 
     Raises StartupError when it cannot listen there. A request larger than `max_request_bytes` is
     refused with RESOURCE_EXHAUSTED before it is kept; so is a unary reply larger than
-    `max_reply_bytes`, after its `undelivered`. Leaving cancels the calls that still run, answers them
-    UNAVAILABLE, and closes all connections; that is not skipped by cancellation and ends in seconds
-    unless a handler does not let itself be cancelled. Runs inside `aio.open_loop()`.
+    `max_reply_bytes`, after its `undelivered`. `guard` says who may call, None: everybody. Leaving
+    cancels the calls that still run, answers them UNAVAILABLE, and closes all connections; that is
+    not skipped by cancellation and ends in seconds unless a handler does not let itself be cancelled.
+    Runs inside `aio.open_loop()`.
     """
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
     async with _open_serving_nursery() as nursery:
-        server = _Server(services, Limits(max_request_bytes, max_reply_bytes), nursery)
+        server = _Server(
+            services,
+            Limits(max_request_bytes, max_reply_bytes),
+            nursery,
+            guard=guard,
+            tls=tls,
+            keepalive=keepalive,
+            max_connections=connections_allowed(max_connections),
+        )
+        nursery.start_soon(server.accept, listeners)
         try:
-            listener = await aio.call(_listen, server, host, port)
-        except OSError as error:
-            raise _cannot_listen(host, port, error) from error
-        try:
-            yield listener.sockets[0].getsockname()[1]
+            yield listeners[0].socket.getsockname()[1]
         finally:
-            await server.stop(listener)
+            await server.stop()

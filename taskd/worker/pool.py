@@ -7,12 +7,14 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 import trio
 
 from taskd.config.schema import PoolSection
+from taskd.rpc.access import Access, pool_access
 from taskd.rpc.base import ClientStream
 from taskd.rpc.client import connect
 from taskd.worker.backlog import Backlog
@@ -228,22 +230,22 @@ async def run_pool(
 
     Cancelling ends it at once: children are killed, and the leases of what they ran end at the
     brokers. `spawner` and `connect` are for tests; without, real processes and gRPC (inside
-    `aio.open_loop()`).
+    `aio.open_loop()`). Raises StartupError when a file of the pool's TLS cannot be used.
     """
     pool = Pool(
         config,
         name,
         spawner=spawner or ProcessSpawner(),
-        connect=connect or open_work_stream,
+        connect=connect or partial(open_work_stream, access=pool_access(config)),
         rng=rng or random.Random(),
     )
     await pool.run(stop, task_status)
 
 
 @asynccontextmanager
-async def open_work_stream(address: str) -> AsyncIterator[ClientStream]:
+async def open_work_stream(address: str, access: Access) -> AsyncIterator[ClientStream]:
     """The stream of work from the broker at `address`. Raises PeerError."""
-    async with connect(address) as client, client.stream(WORK_PATH) as stream:
+    async with connect(address, access) as client, client.stream(WORK_PATH) as stream:
         yield stream
 
 

@@ -1,0 +1,59 @@
+"""What the configuration says of secrets and TLS, as servers and clients are given it."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import SecretStr
+
+from taskd.clock import Clock
+from taskd.config.schema import PoolSection, ProducerConfig, RpcSection
+from taskd.rpc import tls
+from taskd.rpc.auth import Guard
+from taskd.wire.signing import Secrets
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a client makes itself known, and by what it knows the server. Default: in the clear, unsigned."""
+
+    secrets: Secrets = field(default_factory=Secrets)
+    tls: ssl.SSLContext | None = None
+
+
+OPEN = Access()
+
+
+def revealed(secrets: Iterable[SecretStr]) -> Secrets:
+    return Secrets(secret.get_secret_value() for secret in secrets)
+
+
+def pool_access(section: PoolSection) -> Access:
+    """Of a worker's pool. Raises StartupError when a file of its TLS cannot be used."""
+    wanted = section.tls
+    context = None if wanted is None else tls.client_context(wanted.ca, wanted.certificate, wanted.key)
+    return Access(revealed(section.secrets), context)
+
+
+def producer_access(config: ProducerConfig) -> Access:
+    """Of producers and of commands that ask a broker. Raises StartupError as `pool_access`."""
+    context = None
+    if config.tls or config.tls_ca or config.tls_certificate or config.tls_key:
+        context = tls.client_context(config.tls_ca, config.tls_certificate, config.tls_key)
+    return Access(revealed([config.secret] if config.secret else []), context)
+
+
+def server_tls(section: RpcSection) -> ssl.SSLContext | None:
+    """Of the broker's listener. Raises StartupError as `pool_access`."""
+    wanted = section.tls
+    return None if wanted is None else tls.server_context(wanted.certificate, wanted.key, wanted.client_ca)
+
+
+def server_guard(
+    section: RpcSection, clock: Clock, of_services: Mapping[str, Iterable[SecretStr]] | None = None
+) -> Guard:
+    """The broker's. `of_services`: secrets of services that `rpc.secrets` must not open."""
+    of = {service: revealed(secrets) for service, secrets in (of_services or {}).items()}
+    return Guard(revealed(section.secrets), clock, of_services=of)
