@@ -27,8 +27,10 @@ from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.log.base import Log
 from taskd.producer.service import LogService
+from taskd.rpc.access import server_guard, server_tls
 from taskd.rpc.base import Services
 from taskd.rpc.health import health_services
+from taskd.rpc.limits import Keepalive
 from taskd.rpc.server import serve
 from taskd.telemetry import metrics
 from taskd.telemetry.logs import setup_logging
@@ -90,6 +92,7 @@ async def _run_locked(
 class Broker:
     def __init__(self, config: BrokerConfig, clock: Clock, activation_log: Log, inflight: Inflight) -> None:
         self._config = config
+        self._clock = clock
         self._inflight = inflight
         self._draining = trio.Event()
         self._feeding = Feeding(config, clock, activation_log, inflight)
@@ -127,7 +130,14 @@ class Broker:
         rpc, http = self._config.rpc, self._config.http
         async with (
             serve(
-                self._services(), rpc.host, rpc.port, max_request_bytes=self._config.max_request_bytes
+                self._services(),
+                rpc.host,
+                rpc.port,
+                max_request_bytes=self._config.max_request_bytes,
+                guard=server_guard(rpc, self._clock),
+                tls=server_tls(rpc),
+                keepalive=Keepalive(time_s=rpc.keepalive_s),
+                max_connections=rpc.max_connections,
             ) as rpc_port,
             trio.open_nursery() as serving,
         ):
