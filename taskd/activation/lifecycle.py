@@ -52,6 +52,8 @@ class Event(Enum):
     ARRIVED_DELAYED = "arrived_delayed"
     ARRIVED_EXPIRED = "arrived_expired"
     ARRIVED_UNDECODABLE = "arrived_undecodable"
+    ARRIVED_DROPPED = "arrived_dropped"  # killswitched
+    ARRIVED_FORWARDED = "arrived_forwarded"  # demoted
     HANDED_OUT = "handed_out"
     CLAIMED = "claimed"
     PUSHED = "pushed"
@@ -94,6 +96,8 @@ TRANSITIONS: dict[tuple[Status | None, Event], Status] = {
     (None, _E.ARRIVED_DELAYED): _S.DELAYED,
     (None, _E.ARRIVED_EXPIRED): _S.EXPIRED,
     (None, _E.ARRIVED_UNDECODABLE): _S.FAILURE,
+    (None, _E.ARRIVED_DROPPED): _S.DROPPED,
+    (None, _E.ARRIVED_FORWARDED): _S.FORWARDED,
     (_S.PENDING, _E.HANDED_OUT): _S.PROCESSING,
     (_S.PENDING, _E.CLAIMED): _S.CLAIMED,
     (_S.CLAIMED, _E.PUSHED): _S.PROCESSING,

@@ -10,6 +10,7 @@ from taskd.clock import Now
 from taskd.inflight.base import Arrival, Inserted
 from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import SqliteStore
+from taskd.inflight.switches import DEMOTED, KILLED, killed_by
 
 DEFAULT_DEADLINE_S = 10  # an activation that names none; the default of namespaces
 FUTURE_TOLERANCE_MS = 300_000  # a received_at further ahead than this counts as now (design rule 2)
@@ -29,6 +30,8 @@ class Arrivals:
             duplicate=results[None],
             expired=results[Event.ARRIVED_EXPIRED],
             undecodable=results[Event.ARRIVED_UNDECODABLE],
+            dropped=results[Event.ARRIVED_DROPPED],
+            forwarded=results[Event.ARRIVED_FORWARDED],
         )
 
     def _insert(self, arrival: Arrival, now: Now) -> Event | None:
@@ -42,14 +45,19 @@ class Arrivals:
         deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
         if policy.max_processing_deadline_ms is not None:
             deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
+        lane = store.lane_of(arrival.application, arrival.namespace)
+        gate = store.gate(lane)
         event = Event.ARRIVED
         if arrival.undecodable:
             event = Event.ARRIVED_UNDECODABLE
+        elif gate.kills and killed_by(gate, arrival.taskname, arrival.activation):
+            event = Event.ARRIVED_DROPPED
         elif expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
             event = Event.ARRIVED_EXPIRED
+        elif gate.demoted:
+            event = Event.ARRIVED_FORWARDED
         elif arrival.delay_s and due_at_ms > now.wall_ms:  # a producer's clock ahead of ours is no delay
             event = Event.ARRIVED_DELAYED
-        lane = store.lane_of(arrival.application, arrival.namespace)
         status = after(None, event)
         store.run(
             "insert",
@@ -82,6 +90,9 @@ class Arrivals:
             store.discard("expired")
             row = store.db.last_insert_rowid()
             self._departures.finish(row, lane.number, status, now, reason="expired")
+        elif event is Event.ARRIVED_DROPPED:
+            store.discard(KILLED)
+            self._departures.finish(store.db.last_insert_rowid(), lane.number, status, now, reason=KILLED)
         return event
 
     def become_due(self, limit: int, now: Now) -> int:
@@ -102,7 +113,11 @@ class Arrivals:
         return len(rows)
 
 
-_REASONS = {Event.ARRIVED_EXPIRED: "expired", Event.ARRIVED_UNDECODABLE: "undecodable"}
+_REASONS = {
+    Event.ARRIVED_EXPIRED: "expired",
+    Event.ARRIVED_UNDECODABLE: "undecodable",
+    Event.ARRIVED_FORWARDED: DEMOTED,
+}
 
 
 def _shortened(delay_s: int | None, max_delay_ms: int | None) -> int:

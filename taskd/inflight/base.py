@@ -111,6 +111,8 @@ class Inserted:
     duplicate: int = 0
     expired: int = 0
     undecodable: int = 0
+    dropped: int = 0  # killswitched
+    forwarded: int = 0  # demoted
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.clock import Now
@@ -64,7 +65,14 @@ class Departures:
         self._store.run("gone", outcome, continued_as, dead_lettered, now.wall_ms, reason, error, row)
 
     def leaving(self, limit: int) -> list[Leaving]:
-        """Rows whose retry or dead letter is to be published, oldest first."""
+        """Rows whose retry, dead letter or copy is to be published, oldest first."""
+        return self._leaving(self._store.run("leaving", limit))
+
+    def demoted(self, limit: int) -> list[Leaving]:
+        """Rows of demoted namespaces that are to be published, oldest first; `leaving` passes them over."""
+        return self._leaving(self._store.run("demoted", limit))
+
+    def _leaving(self, rows: Iterable[Any]) -> list[Leaving]:
         return [
             Leaving(
                 id=id_,
@@ -88,8 +96,14 @@ class Departures:
             for (
                 _, id_, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
                 dead_letter, max_attempts, delay_s, reason, error, lane, received_at_ms, forward_topic,
-            ) in self._store.run("leaving", limit)
+            ) in rows
         ]  # fmt: skip
+
+    def drop(self, row: int, lane: int, before: Status, now: Now, reason: str) -> None:
+        """An operator wants this never to run: gone at once, without a dead letter."""
+        status = self._store.move(row, lane, before, Event.DROPPED)
+        self._store.discard(reason)
+        self.finish(row, lane, status, now, reason=reason)
 
     def forward(self, row: int, lane: int, before: Status, topic: str | None, reason: str) -> None:
         """Send a waiting row elsewhere; None: to the topic it came from. It is published, then gone."""

@@ -24,6 +24,7 @@ from taskd.inflight.base import (
 )
 from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import Lane, SqliteStore
+from taskd.inflight.switches import GatedLanes
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
 MAX_REASON_CHARS = 64  # of the word that names a reason
@@ -69,6 +70,7 @@ class Leases:
     def __init__(self, store: SqliteStore, departures: Departures) -> None:
         self._store = store
         self._departures = departures
+        self._gated = GatedLanes(store, departures)
         self._round: deque[int] = deque()  # lanes in the order of their next turn
 
     # ---- hand out
@@ -85,14 +87,15 @@ class Leases:
                 wanted = min(share, request.limit - len(leases))
                 if not wanted:
                     break
-                rows = self._waiting(lane, wanted, left_bytes, is_first=not leases)
+                rows = self._waiting(lane, wanted, left_bytes, now, is_first=not leases)
                 if not rows:
                     continue  # too large for what is left: this lane keeps its turn
                 taken = [lease for row in rows if (lease := self._hand_out(lane, row, request, now))]
                 leases += taken
                 left_bytes -= sum(len(lease.activation) for lease in taken)
                 self._turn_over(lane)
-                if lane.counts[Status.PENDING] > 0 and not self._busy_in_order(lane):
+                gated = self._store.gate(lane).by_task  # one look in each claim, which may be long
+                if lane.counts[Status.PENDING] > 0 and not gated and not self._busy_in_order(lane):
                     still_ready.append(lane)
             lanes = still_ready
         return leases
@@ -108,6 +111,7 @@ class Leases:
             and (request.application is None or lane.application == request.application)
             and (not request.namespaces or lane.namespace in request.namespaces)
             and not self._busy_in_order(lane)
+            and not self._store.gate(lane).closed
         ]
 
     def _in_order(self, lane: Lane) -> bool:
@@ -121,10 +125,17 @@ class Leases:
         self._round.remove(lane.number)
         self._round.append(lane.number)
 
-    def _waiting(self, lane: Lane, wanted: int, left_bytes: int, *, is_first: bool) -> list[Waiting]:
+    def _waiting(
+        self, lane: Lane, wanted: int, left_bytes: int, now: Now, *, is_first: bool
+    ) -> list[Waiting]:
         """The head of a lane, as far as it fits; the first row of a claim goes whatever its size."""
         rows: list[Waiting] = []
-        cursor = self._store.run("waiting_in_lane", lane.number, 1 if self._in_order(lane) else wanted)
+        in_order = self._in_order(lane)
+        wanted = 1 if in_order else wanted
+        if self._store.gate(lane).by_task:
+            cursor = self._gated.rows(lane, wanted, now, in_order=in_order)
+        else:
+            cursor = self._store.run("waiting_in_lane", lane.number, wanted)
         for values in cursor:
             row = Waiting(*values)
             left_bytes -= len(row.activation)

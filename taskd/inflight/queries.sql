@@ -35,6 +35,31 @@ ON CONFLICT (id) DO NOTHING
 SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms
 FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?
 
+-- name: tasks_in_lane
+SELECT row, seq, taskname FROM inflight WHERE status = 1 AND lane = ? AND seq > ? ORDER BY seq LIMIT ?
+
+-- name: waiting_row
+SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms
+FROM inflight WHERE row = ?
+
+-- name: activation
+SELECT activation FROM inflight WHERE row = ?
+
+-- name: rows_after
+SELECT row, status, lane, taskname FROM inflight WHERE row > ? ORDER BY row LIMIT ?
+
+-- name: switches
+SELECT switch, kind, application, namespace, taskname, conditions, reason, author, source, created_at_ms, until_ms
+FROM switch
+
+-- name: add_switch
+INSERT INTO switch (kind, application, namespace, taskname, conditions, reason, author, source, created_at_ms,
+  until_ms)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: remove_switch
+DELETE FROM switch WHERE switch = ?
+
 -- name: hand_out
 UPDATE inflight SET status = 5, fence = ?, lease_kind = ?, holder = ?, lease_end_mono_ms = ?,
   attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?
@@ -117,7 +142,14 @@ ORDER BY expires_at_ms LIMIT ?
 -- name: leaving
 SELECT row, id, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
   dead_letter, retry_max_attempts, retry_delay_s, reason, error, lane, received_at_ms, forward_topic
-FROM inflight WHERE status BETWEEN 7 AND 11 AND stuck IS NULL ORDER BY row LIMIT ?
+FROM inflight WHERE status BETWEEN 7 AND 11 AND stuck IS NULL AND (status <> 11 OR reason <> 'demoted')
+ORDER BY row LIMIT ?
+
+-- name: demoted
+SELECT row, id, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
+  dead_letter, retry_max_attempts, retry_delay_s, reason, error, lane, received_at_ms, forward_topic
+FROM inflight WHERE status BETWEEN 7 AND 11 AND stuck IS NULL AND status = 11 AND reason = 'demoted'
+ORDER BY row LIMIT ?
 
 -- name: left
 SELECT id, status, stuck FROM inflight WHERE status <> 12 LIMIT ?

@@ -79,3 +79,18 @@ CREATE INDEX inflight_parked   ON inflight (lane, seq)         WHERE status = 3;
 CREATE INDEX inflight_holders  ON inflight (holder)            WHERE status = 5;
 CREATE INDEX inflight_leaving  ON inflight (row)               WHERE status BETWEEN 7 AND 11 AND stuck IS NULL;
 CREATE INDEX inflight_gone     ON inflight (finished_at_ms)    WHERE status = 12;
+
+-- Operators' orders: what is paused, killed or sent elsewhere. NULL in a selector: any.
+CREATE TABLE switch (
+  switch        INTEGER PRIMARY KEY AUTOINCREMENT, -- a number is never used twice: audit lines name it
+  kind          TEXT NOT NULL,        -- taskd.activation.switches.SwitchKind
+  application   TEXT,
+  namespace     TEXT,
+  taskname      TEXT,
+  conditions    TEXT,                 -- JSON; NULL: whatever the arguments
+  reason        TEXT NOT NULL,
+  author        TEXT NOT NULL,
+  source        TEXT NOT NULL,        -- file, operator
+  created_at_ms INTEGER NOT NULL,
+  until_ms      INTEGER               -- NULL: until taken back
+) STRICT;

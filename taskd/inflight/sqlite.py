@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import apsw
 import outcome
 
-from taskd.activation.lifecycle import Event, Status, after
+from taskd.activation.lifecycle import HELD, Event, Status, after
+from taskd.activation.switches import Board, Gate
 from taskd.clock import Now
 from taskd.database import apply_in_one_transaction, open_database
 from taskd.errors import StartupError
@@ -27,6 +28,9 @@ from taskd.inflight.base import Depth, Policy
 from taskd.inflight.schema import prepare_schema
 
 KEPT_FREE_PAGES = 8_192  # 32 MB that will be filled again are not worth giving back
+
+
+_KEEPS_SEQ = HELD | {Status.PARKED}  # from there a row comes back to its old place in the lane
 
 
 @dataclass(slots=True)
@@ -53,6 +57,8 @@ class Changes:
     events: Counter[tuple[Event, Status]] = field(default_factory=Counter)
     counts: Counter[tuple[int, Status]] = field(default_factory=Counter)
     lanes: list[Lane] = field(default_factory=list)
+    board_before: Board | None = None  # the switches changed; these held before
+    wakes_claims: bool = False  # rows may have become claimable without having moved
     discarded: Counter[str] = field(default_factory=Counter)  # ended without a dead letter, by reason
     durations_ms: list[tuple[str, int]] = field(default_factory=list)  # (metric, value)
     moves: list[tuple[int, Status | None, Event, Status]] = field(default_factory=list)  # (row, …), if traced
@@ -62,6 +68,8 @@ class Changes:
         self.events.update(other.events)
         self.counts.update(other.counts)
         self.lanes.extend(other.lanes)
+        self.board_before = self.board_before or other.board_before
+        self.wakes_claims |= other.wakes_claims
         self.discarded.update(other.discarded)
         self.durations_ms.extend(other.durations_ms)
         self.moves.extend(other.moves)
@@ -83,6 +91,8 @@ class SqliteStore:
         self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
         self._by_name: dict[tuple[str, str], Lane] = {}
+        self.board = Board()  # see taskd.inflight.switches
+        self.passed: dict[int, int] = {}  # by lane: all that waits up to this seq is paused
         self._write = Changes()
         self._batch = Changes()
         self.db = open_database(path)
@@ -139,6 +149,9 @@ class SqliteStore:
             self.lanes[number].counts[status] -= change
         for lane in changes.lanes:
             del self.lanes[lane.number], self._by_name[lane.application, lane.namespace]
+        if changes.board_before is not None:
+            self.board = changes.board_before
+        self.passed.clear()
         self.on_undo()
 
     def _save_counters(self) -> None:
@@ -170,6 +183,8 @@ class SqliteStore:
         if self.traced:
             self._write.moves.append((row, before, event, status))
         self._write.events[event, status] += 1
+        if self.passed and status is Status.PENDING and before in _KEEPS_SEQ:
+            self.passed.pop(lane, None)
         self._count(lane, before, -1)
         self._count(lane, status, +1)
         return status
@@ -201,6 +216,23 @@ class SqliteStore:
             self.lanes[number] = self._by_name[application, namespace] = lane
             self._write.lanes.append(lane)
         return lane
+
+    # ---- switches
+
+    def gate(self, lane: Lane) -> Gate:
+        """What operators' switches say of this lane now."""
+        return self.board.gate(lane.application, lane.namespace)
+
+    def set_board(self, board: Board) -> None:
+        """Other switches hold from here on in this transaction, and after it if it commits."""
+        self._write.board_before = self._write.board_before or self.board
+        self.board = board
+        self.passed.clear()
+        self.wake_claims()
+
+    def wake_claims(self) -> None:
+        """Once committed, let those who wait for claimable rows look again."""
+        self._write.wakes_claims = True
 
     # ---- room
 

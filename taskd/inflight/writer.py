@@ -12,6 +12,7 @@ import structlog
 import trio
 
 from taskd.activation.lifecycle import LEAVING, Status
+from taskd.activation.switches import Board, Switch, SwitchSource
 from taskd.clock import Clock, Now
 from taskd.groupcommit import Committer, InlineCommitter, OnBatch, open_group_commit
 from taskd.inflight.arrivals import Arrivals
@@ -34,6 +35,7 @@ from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
 from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import Changes, SqliteStore
+from taskd.inflight.switches import Looked, Replaced, Switches
 
 T = TypeVar("T")
 
@@ -71,7 +73,9 @@ class Inflight:
         self._arrivals = Arrivals(store, departures)
         self._leases = Leases(store, departures)
         self._claims = Claims(store)
+        self._switches = Switches(store, departures)
         self._watchers: list[tuple[frozenset[Status], Wake]] = []
+        self._switch_watchers: list[Wake] = []
         self.observers: list[Callable[[Changes], None]] = []
         self.last_commit_mono_ms = clock.now().mono_ms
 
@@ -148,6 +152,39 @@ class Inflight:
     async def describe(self, ids: Sequence[str]) -> list[Description]:
         return await self._submit(lambda now: [self._describe(id_) for id_ in ids])
 
+    # ---- operators' switches
+
+    @property
+    def board(self) -> Board:
+        """The switches that hold now."""
+        return self._store.board
+
+    async def put_switch(self, switch: Switch) -> Switch:
+        return await self._submit(lambda now: self._switches.put(switch, now))
+
+    async def remove_switches(self, numbers: Collection[int]) -> tuple[Switch, ...]:
+        return await self._submit(lambda now: self._switches.remove(numbers))
+
+    async def replace_switches(self, source: SwitchSource, switches: Sequence[Switch]) -> Replaced:
+        return await self._submit(lambda now: self._switches.replace(source, switches, now))
+
+    async def end_switches(self) -> tuple[Switch, ...]:
+        return await self._submit(self._switches.end)
+
+    async def apply_switches(self, after_row: int, limit: int) -> Looked:
+        return await self._submit(lambda now: self._switches.apply(after_row, limit, now))
+
+    async def demoted(self, limit: int) -> list[Leaving]:
+        return await self._submit(lambda now: self._departures.demoted(limit))
+
+    def watch_switches(self) -> Wake:
+        """A wake-up for each commit that changed a switch."""
+        wake = Wake()
+        self._switch_watchers.append(wake)
+        return wake
+
+    # ---- what a look costs nothing
+
     def depths(self) -> list[Depth]:
         return self._store.depths()
 
@@ -157,6 +194,7 @@ class Inflight:
             lane.counts[Status.PENDING] > 0
             and (application is None or lane.application == application)
             and (not namespaces or lane.namespace in namespaces)
+            and not self._store.gate(lane).closed
             for lane in list(self._store.lanes.values())
         )
 
@@ -204,8 +242,13 @@ class Inflight:
     def _committed(self, changes: Changes) -> None:
         self.last_commit_mono_ms = self._clock.now().mono_ms
         entered = {status for _, status in changes.events}
+        if changes.wakes_claims:
+            entered.add(Status.PENDING)
         for statuses, wake in self._watchers:
             if not entered.isdisjoint(statuses):
+                wake.set()
+        if changes.board_before is not None:
+            for wake in self._switch_watchers:
                 wake.set()
         for observe in self.observers:
             try:

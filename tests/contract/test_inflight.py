@@ -854,8 +854,11 @@ async def test_leases_restart_at_full_length(opened: Opener, clock: FixedClock) 
 async def test_a_newer_schema_is_refused(opened: Opener, tmp_path: Path) -> None:
     async with opened() as store:
         store._store.db.pragma("user_version", SCHEMA_VERSION + 1)
-        store._store.db.execute("UPDATE meta SET value = '3' WHERE name = 'min_reader_version'")
-    with pytest.raises(StartupError, match="schema version 3.*this one knows 2") as refused:
+        store._store.db.execute(
+            "UPDATE meta SET value = ? WHERE name = 'min_reader_version'", (str(SCHEMA_VERSION + 1),)
+        )
+    why = f"schema version {SCHEMA_VERSION + 1}.*this one knows {SCHEMA_VERSION}"
+    with pytest.raises(StartupError, match=why) as refused:
         async with opened():
             pass
     assert refused.value.exit_code == 73

@@ -24,6 +24,8 @@ TABLE = {
     (None, E.ARRIVED_DELAYED): D,
     (None, E.ARRIVED_EXPIRED): Status.EXPIRED,
     (None, E.ARRIVED_UNDECODABLE): Status.FAILURE,
+    (None, E.ARRIVED_DROPPED): Status.DROPPED,
+    (None, E.ARRIVED_FORWARDED): Status.FORWARDED,
     (P, E.HANDED_OUT): R,
     (P, E.CLAIMED): C,
     (C, E.PUSHED): R,
