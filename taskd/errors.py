@@ -11,6 +11,7 @@ __all__ = [
     "PeerError",
     "PeerTimeout",
     "PeerUnavailable",
+    "PeerUnreachable",
     "Refused",
     "StartupError",
     "StoreError",
@@ -79,6 +80,10 @@ class PeerUnavailable(PeerError):
     """Nobody answers at that address, or the connection was lost."""
 
     exit_code = 69
+
+
+class PeerUnreachable(PeerUnavailable):
+    """No connection to that address could be made; nothing was sent."""
 
 
 class PeerTimeout(PeerError):
