@@ -8,14 +8,15 @@ SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do p=$$(command -v python$$v) && "$$p" -c '$(SUITABLE)' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml requirements-*.txt 2>/dev/null | cksum | cut -d' ' -f1)
+CLIENT := .venv-client
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 
 .PHONY: help demo demo-kafka test test-all check fmt proto clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-12s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## make the virtual environment (every other target does it by itself)
+setup: $(STAMP) $(CLIENT)/.installed ## make the virtual environments (every other target does it by itself)
 
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "taskd needs Python 3.13, 3.12 or 3.11 on PATH; none was found." >&2; exit 1; }
@@ -26,16 +27,22 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+# An environment of its own: requirements-client.txt says why.
+$(CLIENT)/.installed: requirements-client.txt | $(STAMP)
+	@$(BIN)/python -m venv --clear $(CLIENT)
+	@$(CLIENT)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-client.txt
+	@touch $@
+
 demo: $(STAMP) ## run the main job on the embedded log: 500 webhooks, with progress and a summary
 	@$(BIN)/python plugins/taskd-webhooks/examples/demo.py --log embedded
 
 demo-kafka: $(STAMP) ## the same over Kafka (a broker from PyPI, or TASKD_TEST_KAFKA=host:port)
 	@$(BIN)/python plugins/taskd-webhooks/examples/demo.py --log kafka
 
-test: $(STAMP) ## run the tests, Kafka included
+test: $(STAMP) $(CLIENT)/.installed ## run the tests, Kafka included
 	@$(BIN)/python -m pytest -m "not long"
 
-test-all: $(STAMP) ## run the tests and the long ones: kill loops, many seeds
+test-all: $(STAMP) $(CLIENT)/.installed ## run the tests and the long ones: kill loops, many seeds
 	@$(BIN)/python -m pytest
 
 check: $(STAMP) ## types, lint, format
@@ -55,5 +62,5 @@ proto: $(STAMP) ## generate taskd/wire/generated from proto/
 		$$(find . -name '*.proto' | sed 's|^\./||' | sort)
 
 clean: ## remove what was built; data folders stay
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENT) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 WITHIN_S = 30.0  # for whatever a daemon should do at once; only a broken one takes so long
 LINES_SHOWN = 40
 

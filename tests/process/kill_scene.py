@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,15 +18,17 @@ from history import History, Line, Produced, named, parse, read_files
 
 from taskd import aio
 from taskd.admin.wait import Seen, get_status, wait_for
+from taskd.config.schema import ProducerConfig
 from taskd.log.base import Outgoing, Position, Writer
 from taskd.producer.build import outgoing
-from taskd.producer.destination import open_remote_writer
+from taskd.producer.destination import destination
 from taskd.rpc.client import connect
 
 TOPIC = "taskd"
 APPEND_WITHIN_S = 2.0
 SETTLE_WITHIN_S = 120.0
 STATUS_IDS = 500
+READY = {"broker": "broker listens", "worker": "pool ready"}
 
 # Short times, so that what a fault delays is over soon. Nothing may depend on them.
 BROKER = {
@@ -59,7 +61,7 @@ class Scene:
         self.rpc_port = free_port()
         self.address = f"127.0.0.1:{self.rpc_port}"
         self.max_processing_attempts = int(settings.get("TASKD_STORE__MAX_PROCESSING_ATTEMPTS", "5"))
-        self._daemons = daemons
+        self.daemons = daemons
         self._settings = BROKER | dict(settings)
 
     # ---- processes
@@ -67,25 +69,28 @@ class Scene:
     def broker(self) -> Daemon:
         """A broker on the folder and port of this scene; not yet ready."""
         ports = ("--rpc-port", str(self.rpc_port), "--http-port", "0")
-        return self._daemons.start("broker", "--data-dir", str(self.data_dir), *ports, more=self._settings)
+        return self.daemons.start("broker", "--data-dir", str(self.data_dir), *ports, more=self._settings)
 
     def worker(self, slots: int = 2, **pool: str) -> Daemon:
         """A worker of this broker. `pool`: further keys of its pool's section."""
         more = {tasks.RECORD: str(self.record)}
         more |= {f"TASKD_POOLS__DEFAULT__{key.upper()}": value for key, value in pool.items()}
-        return self._daemons.start("worker", "--broker", self.address, "--slots", str(slots), more=more)
+        return self.daemons.start("worker", "--broker", self.address, "--slots", str(slots), more=more)
 
     # ---- producing
 
     async def produce(self, rng: random.Random, most: int, enough: trio.Event) -> None:
         """Append batches of the mixture until `most` are acknowledged, or `enough` is set."""
-        async with open_remote_writer(self.address, APPEND_WITHIN_S) as writer:
+        async with self._open_writer() as writer:
             sent = 0
             while sent < most and not enough.is_set():
                 batch = [make(rng) for _ in range(rng.randint(1, 30))]
                 await self.append(writer, batch)
                 sent += len(batch)
-                await trio.sleep(rng.uniform(0, 0.1))  # spreads the load over the run
+                await trio.sleep(rng.uniform(0, 0.15))  # spreads the load over the run
+
+    def _open_writer(self) -> AbstractAsyncContextManager[Writer]:
+        return destination(ProducerConfig(broker=self.address, timeout_s=APPEND_WITHIN_S)).open_writer()
 
     async def append(self, writer: Writer, batch: Sequence[tuple[Produced, Outgoing]]) -> None:
         """Append until each is acknowledged, as a producer that does not give up: the same bytes again."""
@@ -108,7 +113,7 @@ class Scene:
                 await trio.sleep(0.05)
 
     async def produce_these(self, *batch: tuple[Produced, Outgoing]) -> None:
-        async with open_remote_writer(self.address, APPEND_WITHIN_S) as writer:
+        async with self._open_writer() as writer:
             await self.append(writer, batch)
 
     # ---- the end
@@ -139,8 +144,9 @@ class Scene:
                 watching.start_soon(daemon.must_live)
             statuses = await self.settle()
             watching.cancel_scope.cancel()
-        for daemon, ready in (*((worker, "pool ready") for worker in workers), (broker, "broker listens")):
-            await daemon.said(ready)  # one that just started could not yet stop in good order
+        for daemon in (*workers, broker):
+            if ready := READY.get(daemon.name):
+                await daemon.said(ready)  # one that just started could not yet stop in good order
             assert await daemon.stopped() == 0, f"{daemon}\n{daemon.tail()}"
         history = History(
             self.books.produced,

@@ -89,7 +89,9 @@ async def test_a_superseded_result_is_not_accepted(tmp_path: Path) -> None:
         other = scene.worker(slots=1)
         await scene.started(torn[0].key, 2)  # its lease is over, and the next one holds it
         frozen.send(signal.SIGCONT)
+        assert (await frozen.said("task did not complete"))["id"] == torn[0].id
         history = await scene.close_the_books(broker, frozen, other)
+        assert not frozen.entries("left behind"), "its late result was answered"
         assert history.statuses[torn[0].id].outcome == "complete", "the failure came under the older lease"
         assert history.statuses[once[0].id].reason == "at_most_once"
         assert history.duplicates() == 1, "of the torn one, and by design"
