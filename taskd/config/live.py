@@ -23,6 +23,8 @@ BROKER = frozenset(
         "drain_grace_s",
         "log_format",
         "log_level",
+        "push.timeout_s",
+        "push.worker_map",
         "store.max_delay_count",
         "store.max_delay_s",
         "store.max_pending_count",

@@ -32,6 +32,19 @@ def _host_and_port(value: str) -> str:
 Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
+def _worker_url(value: str) -> str:
+    scheme, separator, rest = value.rstrip("/").partition("://")
+    if not separator or scheme not in ("http", "https"):
+        raise ValueError("expected http://HOST:PORT (https with TLS), such as http://10.0.0.7:50053")
+    host, _, port = rest.rpartition(":")
+    if not host or "/" in rest or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("expected http://HOST:PORT, such as http://10.0.0.7:50053")
+    return f"{scheme}://{rest}"
+
+
+WorkerUrl = Annotated[str, AfterValidator(_worker_url)]
+
+
 class Section(BaseModel):
     """A part of the configuration; a key it does not know is an error."""
 
@@ -302,6 +315,9 @@ class IngestSection(Section):
 class DispatchSection(Section):
     """How work is handed out."""
 
+    mode: Literal["pull", "push"] = Field(
+        default="pull", description="pull: workers fetch; push: to the workers of push.worker_map"
+    )
     processing_deadline_grace_s: GraceSeconds = Field(
         default=3, description="added to every deadline before the broker acts"
     )
@@ -314,6 +330,34 @@ class DispatchSection(Section):
     strict_order_namespaces: tuple[str, ...] = Field(
         default=(), description="namespaces that run one activation at a time, in order"
     )
+
+
+class PushTlsSection(Section):
+    """TLS of the way to workers whose URL begins with https. Files are PEM."""
+
+    ca: Path | None = Field(
+        default=None, description="who signs the workers' certificates; null: whom the machine trusts"
+    )
+    certificate: Path | None = Field(
+        default=None, description="our certificate, for workers that ask for one"
+    )
+    key: Path | None = Field(default=None, description="its private key, without a passphrase")
+
+
+class PushSection(Section):
+    """Delivery to workers that wait to be called, when `dispatch.mode` is push; `rpc.secrets` sign."""
+
+    worker_map: dict[str, WorkerUrl] = Field(
+        default_factory=dict, description="URL of the workers of each application, http://HOST:PORT"
+    )
+    timeout_s: PositiveSeconds = Field(default=30, description="longest wait for a worker to take one")
+    claim_margin_s: PositiveSeconds = Field(
+        default=10, description="added to timeout_s: then a claim is over and the activation waits again"
+    )
+    max_in_flight_per_worker: PositiveInt = Field(
+        default=16, le=100, description="calls under way to one URL; HTTP/2 workers take 100 at most"
+    )
+    tls: PushTlsSection = PushTlsSection()
 
 
 class UpkeepSection(Section):
@@ -338,6 +382,7 @@ class BrokerConfig(Section):
     store: StoreSection = StoreSection()
     ingest: IngestSection = IngestSection()
     dispatch: DispatchSection = DispatchSection()
+    push: PushSection = PushSection()
     upkeep: UpkeepSection = UpkeepSection()
     drain_grace_s: GraceSeconds = Field(
         default=10, description="how long to wait for running work when stopping"

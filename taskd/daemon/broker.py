@@ -20,6 +20,7 @@ from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure, notify, reload, settings
 from taskd.daemon.feeding import Feeding, open_log
 from taskd.daemon.health import BrokerHealth
+from taskd.daemon.pushing import parking_duty, push_dispatch
 from taskd.database import hold_lock
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
@@ -108,15 +109,18 @@ class Broker:
         duties = broker_duties(
             inflight, publisher, presence, clock, lambda: settings.upkeep_settings(self._config)
         )
+        self._push = push_dispatch(config, clock, inflight, self._draining)
+        duties.append(parking_duty(config, inflight, self._push))
         self._upkeep = Upkeep(duties, clock)
-        self._health = BrokerHealth(clock, self._upkeep, self._feeding, self._draining)
-        self._unary = UnaryDispatch(inflight, self._draining)
+        self._health = BrokerHealth(clock, self._upkeep, self._feeding, self._draining, self._push)
+        self._unary = UnaryDispatch(inflight, self._draining, hands_out=self._push is None)
         self._stream = StreamDispatch(
             inflight,
             presence,
             self._draining,
             lease_ms=settings.milliseconds(config.dispatch.lease_s),
             max_assignments_per_frame=config.dispatch.max_assignments_per_frame,
+            hands_out=self._push is None,
         )
         inflight.observers.append(measure.count)
         inflight.trace(config.log_level == "debug")
@@ -146,6 +150,8 @@ class Broker:
             serving.start_soon(measure.watch_loop)
             serving.start_soon(measure.keep_gauges, self._inflight, lambda: self._feeding.reader)
             serving.start_soon(self._feeding.run)
+            if self._push is not None:
+                serving.start_soon(self._push.run)
             serving.start_soon(notify.keep_watchdog, self._health.stuck)
             if reloads is not None:
                 serving.start_soon(reload.follow, reloads, lambda: self._config, self._apply, live.BROKER)
@@ -169,6 +175,9 @@ class Broker:
         self._inflight.set_policy(settings.policy(config))
         self._feeding.set_config(config)
         self._stream.lease_ms = settings.milliseconds(config.dispatch.lease_s)
+        if self._push is not None:
+            self._push.settings.timeout_s = config.push.timeout_s
+            self._push.remap(config.push.worker_map)
         self._stream.max_assignments_per_frame = config.dispatch.max_assignments_per_frame
         if (was.log_level, was.log_format) != (config.log_level, config.log_format):
             setup_logging(config.log_level, config.log_format)

@@ -8,6 +8,7 @@ import trio
 
 from taskd.clock import Clock
 from taskd.daemon.feeding import Feeding
+from taskd.dispatch.push import PushDispatch
 from taskd.upkeep.duties import Upkeep
 from taskd.web.health import PartHealth
 
@@ -17,7 +18,15 @@ STUCK_AFTER_MS = 30_000  # every part gets on at least every few seconds, also w
 class BrokerHealth:
     """What `/readyz` and the gRPC health service ask."""
 
-    def __init__(self, clock: Clock, upkeep: Upkeep, feeding: Feeding, draining: trio.Event) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        upkeep: Upkeep,
+        feeding: Feeding,
+        draining: trio.Event,
+        push: PushDispatch | None = None,
+    ) -> None:
+        self._push = push
         self._clock = clock
         self._upkeep = upkeep
         self._feeding = feeding
@@ -51,7 +60,10 @@ class BrokerHealth:
         return "; ".join(f"{name}: {trouble}" for name, trouble in found.items() if trouble)
 
     def _dispatch(self) -> PartHealth:
-        return PartHealth(self.serving(), "" if self.serving() else "stopping")
+        if not self.serving():
+            return PartHealth(False, "stopping")
+        # Workers that do not take pushes are their own trouble: the broker serves the others.
+        return PartHealth(True, "; ".join(self._push.troubles() if self._push is not None else ()))
 
     def _log(self) -> PartHealth:
         reader = self._feeding.reader

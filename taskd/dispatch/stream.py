@@ -34,7 +34,10 @@ _REPORT_STATUSES = {
 
 
 class StreamDispatch:
-    """`taskd.v1.DispatchService`. Once `draining` is set, nothing is handed out; results are taken."""
+    """`taskd.v1.DispatchService`. Once `draining` is set, nothing is handed out; results are taken.
+
+    `hands_out` False: delivery is push. Workers may connect, to report what they still hold.
+    """
 
     def __init__(
         self,
@@ -44,12 +47,14 @@ class StreamDispatch:
         *,
         lease_ms: int,
         max_assignments_per_frame: int,
+        hands_out: bool = True,
     ) -> None:
         self.inflight = inflight
         self.presence = presence
         self.draining = draining
         self.lease_ms = lease_ms
         self.max_assignments_per_frame = max_assignments_per_frame
+        self.hands_out = hands_out
         self._sessions: dict[str, Session] = {}
 
     @property
@@ -130,6 +135,8 @@ class Session:
             try:
                 lost = await inflight.reconcile(hello.worker_id, _refs(holding))
                 worker.info("worker connected", holding=len(holding), lost_on_the_way=lost)
+                if not self._dispatch.hands_out:
+                    worker.warning("this worker gets nothing: dispatch.mode is push")
                 await self._send(
                     frames.Welcome(frames.VERSION, inflight.store_id, self._dispatch.lease_ms),
                 )
@@ -170,9 +177,9 @@ class Session:
                 await wake.wait()
 
     def _may_claim(self) -> bool:
-        return not self._dispatch.draining.is_set() and self._inflight.claimable(
-            self._hello.application, self._hello.namespaces
-        )
+        if self._dispatch.draining.is_set() or not self._dispatch.hands_out:
+            return False
+        return self._inflight.claimable(self._hello.application, self._hello.namespaces)
 
     async def _hand_out(self, leases: list[Lease]) -> None:
         sent = False

@@ -1,4 +1,4 @@
-"""Pull delivery by unary calls: the service existing workers of the protocol speak."""
+"""Unary calls: the service existing workers of the protocol speak, to fetch work and to report it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ _STATUSES = {
 
 
 class UnaryDispatch:
-    """`sentry_protos.taskbroker.v1.ConsumerService`. Once `draining` is set, nothing is handed out."""
+    """`sentry_protos.taskbroker.v1.ConsumerService`. Once `draining` is set, nothing is handed out.
 
-    def __init__(self, inflight: Inflight, draining: trio.Event) -> None:
+    `hands_out` False: delivery is push; results are taken, and nobody can fetch.
+    """
+
+    def __init__(self, inflight: Inflight, draining: trio.Event, *, hands_out: bool = True) -> None:
         self._inflight = inflight
         self._draining = draining
+        self._hands_out = hands_out
 
     @property
     def services(self) -> Services:
@@ -42,6 +46,10 @@ class UnaryDispatch:
 
     async def get_task(self, request: bytes) -> Reply:
         wanted = _decoded(consumer.decode_filter, request)
+        if not self._hands_out:
+            raise Refused(
+                "PERMISSION_DENIED", "this broker pushes its work to workers; start this one in push mode"
+            )
         if self._draining.is_set():
             raise Refused("UNAVAILABLE", "the broker is stopping; ask another one")
         lease = await self._claim(wanted)
@@ -53,7 +61,7 @@ class UnaryDispatch:
         update = _decoded(consumer.decode_status_update, request)
         await self._report([update])
         lease = None
-        if update.fetch_next is not None and not self._draining.is_set():
+        if update.fetch_next is not None and self._hands_out and not self._draining.is_set():
             lease = await self._claim(update.fetch_next)
         return self._reply(lease)
 

@@ -66,6 +66,9 @@ superseded_results = _counter(
 
 # dispatch
 claims = _counter("taskd_claims_total", "Activations handed out", "via")
+pushes = _counter(
+    "taskd_pushes_total", "Calls that pushed an activation, by what came of them", "worker", "result"
+)
 results = _counter("taskd_results_total", "Results taken from workers", "via", "status")
 connected_workers = _gauge("taskd_connected_workers", "Workers with an open stream")
 received_to_stored_seconds = _histogram(

@@ -62,6 +62,11 @@ def broker_duties(
             return 0  # workers that outlived the broker may still report
         return await inflight.end_overdue(limit)
 
+    async def end_overdue_claims() -> int:
+        if clock.now().mono_ms < quiet_until_mono_ms:
+            return 0  # a worker that was pushed to before the broker died may still report
+        return await inflight.end_overdue_claims(limit)
+
     async def end_silent() -> int:
         if clock.now().mono_ms < quiet_until_mono_ms:
             return 0
@@ -87,6 +92,7 @@ def broker_duties(
         Duty("become_due", become_due, limit, every_s),
         Duty("expire", expire, limit, every_s),
         Duty("end_overdue", end_overdue, limit, every_s),
+        Duty("end_overdue_claims", end_overdue_claims, limit, every_s),
         Duty("end_silent", end_silent, limit, every_s),
         Duty("forget", forget, limit, every_s),
     ]
