@@ -44,6 +44,7 @@ def broker(
     overrides = {"data_dir": data_dir, "rpc.port": rpc_port, "http.port": http_port}
     settings = load_broker_config(config, overrides)
     setup_logging(settings.log_level, settings.log_format)
+    _warn_of_names(type(settings))
 
     from taskd.daemon.broker import run_broker
 
@@ -82,6 +83,7 @@ def worker(
     overrides = {"pools": {pool: {"brokers": broker or None, "slots": slots}}}
     settings = load_worker_config(config, overrides)
     setup_logging(settings.log_level, settings.log_format)
+    _warn_of_names(type(settings))
 
     from taskd.daemon.worker import run_worker
 
@@ -126,6 +128,15 @@ def dev(
             _greet(settings.rpc.host, addresses.rpc_port, settings.http.host, addresses.http_port)
 
     _run(both)
+
+
+def _warn_of_names(model: type[Section]) -> None:
+    import structlog
+
+    from taskd.config.loader import misspelt_names
+
+    for warning in misspelt_names(model):
+        structlog.get_logger("taskd.config").warning(warning)
 
 
 def _greet(rpc_host: str, rpc_port: int, http_host: str, http_port: int) -> None:

@@ -2,6 +2,7 @@
 
 An environment variable is `TASKD_` and the key with `__` between the levels, in capitals:
 `TASKD_STORE__MAX_PENDING_COUNT=5000`, `TASKD_DATA_DIR=/var/lib/taskd`. Lists are separated by commas;
+a mapping is written as `{a: b}`;
 an empty variable counts as not set. Producers use plain names (`TASKD_LOG=embedded`), which a broker
 or a worker in the same environment passes over.
 """
@@ -37,21 +38,39 @@ def load_broker_config(
 
     Raises ConfigError with one line for each problem.
     """
-    return _validated(BrokerConfig, _merged(BrokerConfig, path, overrides, environ))
+    return validated(BrokerConfig, gather(BrokerConfig, path, overrides, environ))
 
 
 def load_worker_config(
     path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str] = os.environ
 ) -> WorkerConfig:
     """The worker's configuration; otherwise as `load_broker_config`."""
-    return _validated(WorkerConfig, _merged(WorkerConfig, path, overrides, environ))
+    return validated(WorkerConfig, gather(WorkerConfig, path, overrides, environ))
 
 
 def load_producer_config(
     overrides: Mapping[str, object], environ: Mapping[str, str] = os.environ
 ) -> ProducerConfig:
     """How to reach the log: no file, plain environment names such as TASKD_BROKER."""
-    return _validated(ProducerConfig, _merged(ProducerConfig, None, overrides, environ))
+    return validated(ProducerConfig, gather(ProducerConfig, None, overrides, environ))
+
+
+def misspelt_names(model: type[Section], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Warnings of environment variables that nobody reads, but whose name is close to one that is read.
+
+    They are no errors: other programs' names share the prefix.
+    """
+    of_producers = shape.environment_names(ProducerConfig)
+    known = {*of_producers, *shape.environment_names(BrokerConfig), *shape.environment_names(WorkerConfig)}
+    here = sorted({*of_producers, *shape.environment_names(model)})
+    found = []
+    for name, text in sorted(environ.items()):
+        key = name.removeprefix(PREFIX).upper()
+        if not name.startswith(PREFIX) or text == "" or "__" in key or key in known:
+            continue
+        if near := difflib.get_close_matches(key, here, n=1, cutoff=0.8):
+            found.append(f"environment variable {name} is not read; did you mean {PREFIX}{near[0]}?")
+    return found
 
 
 def pool_of(config: WorkerConfig, name: str) -> PoolSection:
@@ -95,9 +114,13 @@ class Merged:
         return None
 
 
-def _merged(
-    model: type[Section], path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str]
+def gather(
+    model: type[Section],
+    path: Path | None,
+    overrides: Mapping[str, object],
+    environ: Mapping[str, str] = os.environ,
 ) -> Merged:
+    """Everything that is said about a configuration, not validated yet. Raises ConfigError for the file."""
     merged = Merged()
     if path is not None:
         file = read_yaml(path)
@@ -147,17 +170,20 @@ def _from_environment(
 
 
 def _read_value(model: type[Section], keys: tuple[str, ...], text: str) -> object:
-    if not shape.is_sequence(model, keys):
+    if not shape.is_sequence(model, keys) and not shape.is_mapping(model, keys):
         return text
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith(("[", "{")):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:
             return text  # validation says what was expected
+    if shape.is_mapping(model, keys):
+        return text
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _validated(model: type[C], merged: Merged) -> C:
+def validated(model: type[C], merged: Merged) -> C:
+    """The configuration, or a ConfigError with one line for each problem."""
     problems = list(merged.problems)
     try:
         config = model.model_validate(merged.tree)

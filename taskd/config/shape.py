@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from taskd.config.schema import Section
 
@@ -14,6 +16,35 @@ def keys_of(model: type[Section], path: tuple[int | str, ...]) -> tuple[str, ...
     """The keys that the section at `path` knows; none when there is no section."""
     section = _section(_annotation(model, path))
     return tuple(section.model_fields) if section else ()
+
+
+def leaves(model: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every key with a value of its own, in the order of the schema; `*` stands for a name of the user's."""
+    for name, known in model.model_fields.items():
+        bare = _bare(known.annotation)
+        below = _section(bare) or (_section(_element(bare)) if typing.get_origin(bare) is dict else None)
+        if below is None:
+            yield (*path, name), known
+        else:
+            yield from leaves(below, (*path, name) if _section(bare) else (*path, name, "*"))
+
+
+def knows(model: type[Section], path: tuple[str, ...]) -> bool:
+    """Whether a value may stand at this path."""
+    return any(
+        len(path) == len(known) and all(want in ("*", key) for want, key in zip(known, path, strict=True))
+        for known, _ in leaves(model)
+    )
+
+
+def environment_names(model: type[Section]) -> list[str]:
+    """What stands behind TASKD_ for each key; without those below a name of the user's."""
+    return ["__".join(path).upper() for path, _ in leaves(model) if "*" not in path]
+
+
+def is_mapping(model: type[Section], path: tuple[int | str, ...]) -> bool:
+    """Whether names of the user's stand at `path`, with a value or a section for each."""
+    return typing.get_origin(_annotation(model, path)) is dict
 
 
 def is_section(model: type[Section], path: tuple[int | str, ...]) -> bool:
@@ -63,10 +94,14 @@ def _annotation(model: type[Section], path: tuple[int | str, ...]) -> Any:
             known = section.model_fields.get(str(key))
             annotation = _bare(known.annotation) if known else None
         elif typing.get_origin(annotation) is dict:
-            annotation = _bare(typing.get_args(annotation)[1])
+            annotation = _element(annotation)
         else:
             return None
     return annotation
+
+
+def _element(mapping: Any) -> Any:
+    return _bare(typing.get_args(mapping)[1])
 
 
 def _section(annotation: Any) -> type[Section] | None:
