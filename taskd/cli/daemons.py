@@ -32,7 +32,7 @@ def broker(
 
     ```
     taskd broker --config /etc/taskd/broker.yaml
-    taskd config check /etc/taskd/broker.yaml && kill -HUP $(pidof -s taskd)
+    taskd config check /etc/taskd/broker.yaml && systemctl reload taskd-broker
     TASKD_LOG__KIND=kafka TASKD_LOG__CLUSTERS__DEFAULT__ADDRESS=kafka:9092 taskd broker
     ```
     """

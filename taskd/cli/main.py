@@ -44,7 +44,12 @@ app.add_typer(config.app, name="config", rich_help_panel="Run")
 
 @app.command(rich_help_panel="Use")
 def version() -> None:
-    """Print the version."""
+    """Print the version.
+
+    ```
+    taskd version
+    ```
+    """
     typer.echo(__version__)
 
 

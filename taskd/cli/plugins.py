@@ -24,6 +24,11 @@ def list_plugins(
     """List the tasks of every installed plugin: pip packages with an entry point in `taskd.tasks`.
 
     Exit code 1 when one of them cannot be loaded; the others still work.
+
+    ```
+    taskd plugins list
+    taskd plugins list --traceback
+    ```
     """
     from taskd.tasks.registry import load_plugins
 

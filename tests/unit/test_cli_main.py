@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
+import typer
 from typer.testing import CliRunner
 
 from taskd.cli.main import app
@@ -35,6 +38,20 @@ def test_help_names_every_command_and_teaches():
         assert word in said
     for command in ("broker", "worker", "dev", "submit", "status"):
         assert f"taskd {command} " in run(command, "--help").stdout
+
+
+def commands_of(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands_of(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_command_shows_how_it_is_used_and_what_its_options_are_for():
+    for path, command in commands_of(typer.main.get_command(app)):
+        assert f"taskd {' '.join(path)}" in run(*path, "--help").stdout.replace("Usage: taskd", ""), path
+        assert [option.name for option in command.params if not getattr(option, "help", "")] == [], path
 
 
 def test_version():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import configparser
+import re
 from pathlib import Path
 
 import pytest
 
 from taskd.config.loader import load_broker_config, load_worker_config
 from taskd.config.schema import BrokerConfig, Section, WorkerConfig
+from taskd.config.shape import leaves
 from taskd.config.yaml_file import read_yaml
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -37,6 +39,12 @@ def test_the_examples_hold_the_defaults_and_name_every_key(name, load, defaults,
     assert load(CONF / name, {}, {}) == defaults.model_copy(update=differs)
     named = set(read_yaml(CONF / name).lines)
     assert [key for key in keys_of(defaults) if key not in named] == []
+
+
+@pytest.mark.parametrize(("name", "model"), [("broker.yaml", BrokerConfig), ("worker.yaml", WorkerConfig)])
+def test_the_examples_show_also_the_keys_of_sections_that_are_off(name, model):
+    text = (CONF / name).read_text()
+    assert [path for path, _ in leaves(model) if not re.search(rf"\b{path[-1]}:", text)] == []
 
 
 @pytest.mark.parametrize("unit", ["taskd-broker.service", "taskd-worker@.service"])
