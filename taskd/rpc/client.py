@@ -31,6 +31,7 @@ from taskd.rpc.base import MAX_MESSAGE_BYTES, ClientStream, Headers
 from taskd.rpc.connection import Protocol, configuration
 from taskd.rpc.exchange import Exchange
 from taskd.rpc.limits import Keepalive
+from taskd.rpc.local import PREFIX
 
 CONNECT_S = 5.0
 KEEPALIVE = Keepalive(time_s=30.0, without_calls=False)
@@ -136,7 +137,8 @@ class Client:
 
     def __init__(self, address: str, access: Access, clock: Clock, keepalive: Keepalive) -> None:
         self.address = address
-        self._host, self._port = split_address(address)
+        self._path = address.removeprefix(PREFIX) if address.startswith(PREFIX) else ""
+        self._host, self._port = ("localhost", 0) if self._path else split_address(address)
         self._signer = Signer(access.secrets, clock)
         self._tls = access.tls
         self._config: Configuration = configuration(keepalive).__for_client__()
@@ -208,7 +210,7 @@ class Client:
             (":method", "POST"),
             (":scheme", "http" if self._tls is None else "https"),
             (":path", path),
-            (":authority", self.address),
+            (":authority", "localhost" if self._path else self.address),
             ("te", "trailers"),
             ("content-type", "application/grpc"),
             ("user-agent", USER_AGENT),
@@ -237,11 +239,16 @@ class Client:
     async def _connect(self) -> Protocol:
         with trio.move_on_after(CONNECT_S):
             try:
-                stream = await trio.open_tcp_stream(self._host, self._port)
+                stream = await self._open_socket()
             except OSError as error:
                 raise PeerUnavailable(f"{self.address}: nobody answers: {error}") from error
             return await self._hand_shake(socket.socket(fileno=stream.socket.detach()))
         raise PeerUnavailable(f"{self.address}: nobody answered within {CONNECT_S:g} s")
+
+    async def _open_socket(self) -> trio.SocketStream:
+        if self._path:
+            return await trio.open_unix_socket(self._path)
+        return await trio.open_tcp_stream(self._host, self._port)
 
     async def _hand_shake(self, connected: socket.socket) -> Protocol:
         """Give the socket to grpclib and wait for the server's settings, which limit the calls at once."""
@@ -311,7 +318,9 @@ def _abort(protocol: Protocol, connected: socket.socket) -> None:
 async def connect(
     address: str, access: Access = OPEN, *, clock: Clock | None = None, keepalive: Keepalive = KEEPALIVE
 ) -> AsyncIterator[Client]:
-    """A client of the gRPC server at `address` (`host:port`); connects when called, and again after a loss.
+    """A client of the gRPC server at `address`; connects when called, and again after a loss.
+
+    An address is `host:port`, or `unix:` and the path of a socket.
 
     `access`: the secrets that sign its calls, and TLS. Raises ConfigError when the address is none;
     nothing else. Runs inside `aio.open_loop()`.

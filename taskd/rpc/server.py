@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import structlog
 import trio
@@ -36,12 +37,14 @@ from taskd.rpc.limits import (
     Keepalive,
     connections_allowed,
 )
+from taskd.rpc.local import open_unix_listener
 
 log = structlog.get_logger("taskd.rpc")
 
 UNWIND_S = 5.0  # for handlers to unwind and tell their callers, before connections are closed all the same
 BACKLOG = 1024
 KEEPALIVE = Keepalive()
+LOCAL_CONNECTIONS = 64
 
 
 class _Server:
@@ -247,3 +250,29 @@ async def serve(
             yield listeners[0].socket.getsockname()[1]
         finally:
             await server.stop()
+
+
+@asynccontextmanager
+async def serve_unix(
+    services: Services, path: Path, *, max_request_bytes: int = MAX_MESSAGE_BYTES
+) -> AsyncIterator[None]:
+    """Answer calls of `services` on a Unix socket at `path`, as `serve` does on a port.
+
+    Who may open the file may call: its mode is 0600. Raises StartupError.
+    """
+    with open_unix_listener(path) as listener:
+        async with _open_serving_nursery() as nursery:
+            server = _Server(
+                services,
+                Limits(max_request_bytes, MAX_MESSAGE_BYTES),
+                nursery,
+                guard=None,
+                tls=None,
+                keepalive=KEEPALIVE,
+                max_connections=LOCAL_CONNECTIONS,
+            )
+            nursery.start_soon(server.accept, [listener])
+            try:
+                yield
+            finally:
+                await server.stop()

@@ -9,9 +9,12 @@ __all__ = (
     "AppendRequest",
     "AppendResponse",
     "AppendedRecord",
+    "ArgumentCondition",
     "Assignment",
     "Assignments",
     "BrokerFrame",
+    "ClearSwitchRequest",
+    "ClearSwitchResponse",
     "Credit",
     "Draining",
     "GetStatusRequest",
@@ -20,11 +23,18 @@ __all__ = (
     "Heartbeat",
     "Hello",
     "LeaseRef",
+    "ListSwitchesRequest",
+    "ListSwitchesResponse",
     "RecordHeader",
     "Result",
     "ResultStatus",
     "Results",
+    "SetSwitchRequest",
+    "SetSwitchResponse",
     "Started",
+    "Switch",
+    "SwitchKind",
+    "SwitchSubject",
     "Taken",
     "Welcome",
     "WorkerFrame",
@@ -72,6 +82,47 @@ class ResultStatus(betterproto2.Enum):
             "RESULT_STATUS_FAILURE": 2,
             "RESULT_STATUS_RETRY": 3,
             "RESULT_STATUS_CRASHED": 4,
+        }
+
+
+class SwitchKind(betterproto2.Enum):
+    """
+    ---- admin: what operators order ---------------------------------------------------------------
+    """
+
+    UNSPECIFIED = 0
+
+    PAUSE = 1
+    """
+    nothing is handed out; it still expires
+    """
+
+    KILLSWITCH = 2
+    """
+    dropped, as it arrives and where it waits
+    """
+
+    DEMOTE = 3
+    """
+    published to another topic; only a file orders it
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "SWITCH_KIND_UNSPECIFIED",
+            1: "SWITCH_KIND_PAUSE",
+            2: "SWITCH_KIND_KILLSWITCH",
+            3: "SWITCH_KIND_DEMOTE",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "SWITCH_KIND_UNSPECIFIED": 0,
+            "SWITCH_KIND_PAUSE": 1,
+            "SWITCH_KIND_KILLSWITCH": 2,
+            "SWITCH_KIND_DEMOTE": 3,
         }
 
 
@@ -158,6 +209,25 @@ default_message_pool.register_message("taskd.v1", "AppendResponse", AppendRespon
 
 
 @dataclass(eq=False, repr=False)
+class ArgumentCondition(betterproto2.Message):
+    """
+    One argument of a call, and the value it must have, exactly: 1, 1.0 and true are three values.
+
+    Oneofs:
+        - place:
+    """
+
+    position: "int | None" = betterproto2.field(1, betterproto2.TYPE_UINT32, optional=True, group="place")
+
+    name: "str | None" = betterproto2.field(2, betterproto2.TYPE_STRING, optional=True, group="place")
+
+    value_json: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("taskd.v1", "ArgumentCondition", ArgumentCondition)
+
+
+@dataclass(eq=False, repr=False)
 class Assignment(betterproto2.Message):
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
@@ -210,6 +280,34 @@ class BrokerFrame(betterproto2.Message):
 
 
 default_message_pool.register_message("taskd.v1", "BrokerFrame", BrokerFrame)
+
+
+@dataclass(eq=False, repr=False)
+class ClearSwitchRequest(betterproto2.Message):
+    """
+    Takes back the switches of operators with this kind and subject, or all of the kind.
+    """
+
+    kind: "SwitchKind" = betterproto2.field(1, betterproto2.TYPE_ENUM, default_factory=lambda: SwitchKind(0))
+
+    subject: "SwitchSubject | None" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, optional=True)
+
+    all: "bool" = betterproto2.field(3, betterproto2.TYPE_BOOL)
+
+    reason: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+
+    author: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("taskd.v1", "ClearSwitchRequest", ClearSwitchRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ClearSwitchResponse(betterproto2.Message):
+    cleared: "list[Switch]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("taskd.v1", "ClearSwitchResponse", ClearSwitchResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -334,6 +432,22 @@ default_message_pool.register_message("taskd.v1", "LeaseRef", LeaseRef)
 
 
 @dataclass(eq=False, repr=False)
+class ListSwitchesRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message("taskd.v1", "ListSwitchesRequest", ListSwitchesRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ListSwitchesResponse(betterproto2.Message):
+    switches: "list[Switch]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("taskd.v1", "ListSwitchesResponse", ListSwitchesResponse)
+
+
+@dataclass(eq=False, repr=False)
 class RecordHeader(betterproto2.Message):
     """
     ---- embedded log: how producers append -------------------------------------------------------
@@ -390,11 +504,91 @@ default_message_pool.register_message("taskd.v1", "Results", Results)
 
 
 @dataclass(eq=False, repr=False)
+class SetSwitchRequest(betterproto2.Message):
+    """
+    One for the same kind and subject is replaced.
+    """
+
+    kind: "SwitchKind" = betterproto2.field(1, betterproto2.TYPE_ENUM, default_factory=lambda: SwitchKind(0))
+
+    subject: "SwitchSubject | None" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, optional=True)
+
+    reason: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    author: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+
+    for_ms: "int | None" = betterproto2.field(5, betterproto2.TYPE_UINT64, optional=True)
+    """
+    absent: until taken back
+    """
+
+
+default_message_pool.register_message("taskd.v1", "SetSwitchRequest", SetSwitchRequest)
+
+
+@dataclass(eq=False, repr=False)
+class SetSwitchResponse(betterproto2.Message):
+    switch: "Switch | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
+
+
+default_message_pool.register_message("taskd.v1", "SetSwitchResponse", SetSwitchResponse)
+
+
+@dataclass(eq=False, repr=False)
 class Started(betterproto2.Message):
     leases: "list[LeaseRef]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
 
 
 default_message_pool.register_message("taskd.v1", "Started", Started)
+
+
+@dataclass(eq=False, repr=False)
+class Switch(betterproto2.Message):
+    number: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+    """
+    the store's name for it, never used twice
+    """
+
+    kind: "SwitchKind" = betterproto2.field(2, betterproto2.TYPE_ENUM, default_factory=lambda: SwitchKind(0))
+
+    subject: "SwitchSubject | None" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, optional=True)
+
+    reason: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+
+    author: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+
+    source: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+    """
+    operator, or file
+    """
+
+    created_at_ms: "int" = betterproto2.field(7, betterproto2.TYPE_INT64)
+
+    until_at_ms: "int | None" = betterproto2.field(8, betterproto2.TYPE_INT64, optional=True)
+    """
+    absent: until taken back
+    """
+
+
+default_message_pool.register_message("taskd.v1", "Switch", Switch)
+
+
+@dataclass(eq=False, repr=False)
+class SwitchSubject(betterproto2.Message):
+    """
+    Which activations are meant: all that is present must fit. Of `conditions` one is enough; none: any call.
+    """
+
+    application: "str | None" = betterproto2.field(1, betterproto2.TYPE_STRING, optional=True)
+
+    namespace: "str | None" = betterproto2.field(2, betterproto2.TYPE_STRING, optional=True)
+
+    taskname: "str | None" = betterproto2.field(3, betterproto2.TYPE_STRING, optional=True)
+
+    conditions: "list[ArgumentCondition]" = betterproto2.field(4, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("taskd.v1", "SwitchSubject", SwitchSubject)
 
 
 @dataclass(eq=False, repr=False)
