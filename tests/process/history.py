@@ -51,6 +51,7 @@ KINDS: Mapping[str, Kind] = {
     "retried": Kind(completes=True, runs=3, dead_letter=True),
     "fails": Kind(completes=False, runs=2, dead_letter=True),
     "fails_once": Kind(completes=False, dead_letter=True),
+    "unknown": Kind(completes=False),
     "once": Kind(completes=True, at_most_once=True),
 }
 

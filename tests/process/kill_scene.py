@@ -8,13 +8,14 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import recorded_tasks as tasks
 import trio
 from daemons import HERE, Daemon, Daemons, free_port, install_plugin, open_daemons, python_path
 from history import History, Line, Produced, named, parse, read_files
+from pydantic import SecretStr
 
 from taskd import aio
 from taskd.admin.wait import Seen, get_status, wait_for
@@ -22,7 +23,9 @@ from taskd.config.schema import ProducerConfig
 from taskd.log.base import Outgoing, Position, Writer
 from taskd.producer.build import outgoing
 from taskd.producer.destination import destination
+from taskd.rpc.access import Access
 from taskd.rpc.client import connect
+from taskd.wire.signing import Secrets
 
 TOPIC = "taskd"
 APPEND_WITHIN_S = 2.0
@@ -62,6 +65,7 @@ class Scene:
         self.address = f"127.0.0.1:{self.rpc_port}"
         self.max_processing_attempts = int(settings.get("TASKD_STORE__MAX_PROCESSING_ATTEMPTS", "5"))
         self.daemons = daemons
+        self.secret = ""  # that signs what this scene itself asks of the broker
         self._settings = BROKER | dict(settings)
 
     # ---- processes
@@ -71,11 +75,10 @@ class Scene:
         ports = ("--rpc-port", str(self.rpc_port), "--http-port", "0")
         return self.daemons.start("broker", "--data-dir", str(self.data_dir), *ports, more=self._settings)
 
-    def worker(self, slots: int = 2, **pool: str) -> Daemon:
-        """A worker of this broker. `pool`: further keys of its pool's section."""
-        more = {tasks.RECORD: str(self.record)}
-        more |= {f"TASKD_POOLS__DEFAULT__{key.upper()}": value for key, value in pool.items()}
-        return self.daemons.start("worker", "--broker", self.address, "--slots", str(slots), more=more)
+    def worker(self, slots: int = 2, more: Mapping[str, str] | None = None) -> Daemon:
+        """A worker of this broker. `more`: of its environment."""
+        environment = {tasks.RECORD: str(self.record)} | dict(more or {})
+        return self.daemons.start("worker", "--broker", self.address, "--slots", str(slots), more=environment)
 
     # ---- producing
 
@@ -90,7 +93,9 @@ class Scene:
                 await trio.sleep(rng.uniform(0, 0.15))  # spreads the load over the run
 
     def _open_writer(self) -> AbstractAsyncContextManager[Writer]:
-        return destination(ProducerConfig(broker=self.address, timeout_s=APPEND_WITHIN_S)).open_writer()
+        secret = SecretStr(self.secret) if self.secret else None
+        config = ProducerConfig(broker=self.address, timeout_s=APPEND_WITHIN_S, secret=secret)
+        return destination(config).open_writer()
 
     async def append(self, writer: Writer, batch: Sequence[tuple[Produced, Outgoing]]) -> None:
         """Append until each is acknowledged, as a producer that does not give up: the same bytes again."""
@@ -116,11 +121,17 @@ class Scene:
         async with self._open_writer() as writer:
             await self.append(writer, batch)
 
+    async def produce_junk(self, *values: bytes) -> None:
+        """Append records that are no activations, and are in no book."""
+        async with self._open_writer() as writer:
+            answers = await writer.append([Outgoing(TOPIC, value) for value in values])
+        assert all(isinstance(answer, Position) for answer in answers), answers
+
     # ---- the end
 
     async def settle(self) -> dict[str, Seen]:
         """Wait until everything produced has ended; what the broker says of all that ran."""
-        async with connect(self.address) as client:
+        async with connect(self.address, Access(Secrets([self.secret] if self.secret else []))) as client:
             ids = [produced.id for produced in self.books.produced]
             finals = await wait_for(client, ids, timeout_s=SETTLE_WITHIN_S)
             followed = {line.id for line in self.lines()} | {final.last_id for final in finals}
@@ -176,9 +187,11 @@ def make(rng: random.Random, kind: str = "", **arguments: object) -> tuple[Produ
     key = f"{kind}-{rng.getrandbits(64):016x}"
     if kind in ("nap", "once"):
         arguments = {"seconds": round(rng.uniform(0.0, 0.1), 3)} | arguments
-    task = {"delayed": tasks.noop}.get(kind) or getattr(tasks, kind)
+    task = {"delayed": tasks.noop, "unknown": tasks.noop}.get(kind) or getattr(tasks, kind)
     countdown = rng.randint(1, 2) if kind == "delayed" else None
     call = task.to_call(kwargs={"key": key, **arguments}, countdown=countdown)
+    if kind == "unknown":
+        call = replace(call, taskname="nobody_registers_this")
     record = outgoing(call, time.time_ns() // 1_000_000, TOPIC)
     return Produced(key, kind, call.id, record.value), record
 
