@@ -288,6 +288,9 @@ class StoreSection(Section):
         default=3_000_000_000, description="largest database; reading pauses above it"
     )
     max_processing_attempts: PositiveInt = Field(default=5, description="most times one row may start")
+    enforce_max_attempts: bool = Field(
+        default=False, description="dead-letter what is retried more than 3 times beyond its max_attempts"
+    )
     max_processing_deadline_s: PositiveSeconds | None = Field(
         default=None, description="no lease is longer than this"
     )

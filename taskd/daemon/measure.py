@@ -40,6 +40,7 @@ def count(changes: Changes) -> None:
         metrics.transitions.labels(event.value, status.word).inc(times)
     for reason, times in changes.discarded.items():
         metrics.discarded.labels(reason).inc(times)
+        log.info("discarded", reason=reason, count=times)
     for name, value_ms in changes.durations_ms:
         _DURATIONS[name].observe(value_ms / 1000)
 

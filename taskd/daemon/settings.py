@@ -25,6 +25,7 @@ def policy(config: BrokerConfig) -> Policy:
         max_processing_attempts=store.max_processing_attempts,
         max_processing_deadline_ms=milliseconds_or_none(store.max_processing_deadline_s),
         max_delay_ms=milliseconds_or_none(store.max_delay_s),
+        enforce_max_attempts=store.enforce_max_attempts,
         grace_ms=milliseconds(dispatch.processing_deadline_grace_s),
         claim_ms=milliseconds(config.push.timeout_s + config.push.claim_margin_s),
         strict_order_namespaces=frozenset(dispatch.strict_order_namespaces),

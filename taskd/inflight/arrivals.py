@@ -23,7 +23,10 @@ class Arrivals:
 
     def insert(self, arrivals: Sequence[Arrival], now: Now) -> Inserted:
         """Store what is not known yet. Ids that are known, finished ones included, are passed over."""
-        results = Counter(self._insert(arrival, now) for arrival in arrivals)
+        events = [self._insert(arrival, now) for arrival in arrivals]
+        results = Counter(events)
+        new = [arrival for arrival, event in zip(arrivals, events, strict=True) if event is not None]
+        max_delay_ms = self._store.policy.max_delay_ms
         return Inserted(
             pending=results[Event.ARRIVED],
             delayed=results[Event.ARRIVED_DELAYED],
@@ -32,6 +35,16 @@ class Arrivals:
             undecodable=results[Event.ARRIVED_UNDECODABLE],
             dropped=results[Event.ARRIVED_DROPPED],
             forwarded=results[Event.ARRIVED_FORWARDED],
+            shortened=tuple(
+                arrival.id
+                for arrival in new
+                if arrival.delay_s and _shortened(arrival.delay_s, max_delay_ms) < arrival.delay_s * 1000
+            ),
+            beyond_expiry=tuple(
+                arrival.id
+                for arrival in new
+                if arrival.delay_s and arrival.expires_s is not None and arrival.delay_s >= arrival.expires_s
+            ),
         )
 
     def _insert(self, arrival: Arrival, now: Now) -> Event | None:

@@ -74,6 +74,7 @@ class Policy:
     max_processing_attempts: int = 5
     max_processing_deadline_ms: int | None = None
     max_delay_ms: int | None = None
+    enforce_max_attempts: bool = False
     grace_ms: int = 3_000
     claim_ms: int = 40_000  # how long a push may take, waiting for its turn included
     strict_order_namespaces: frozenset[str] = frozenset()
@@ -104,7 +105,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """What became of a batch of arrivals, in numbers."""
+    """What became of a batch of arrivals, in numbers; by id those whose producer should know."""
 
     pending: int = 0
     delayed: int = 0
@@ -113,6 +114,8 @@ class Inserted:
     undecodable: int = 0
     dropped: int = 0  # killswitched
     forwarded: int = 0  # demoted
+    shortened: tuple[str, ...] = ()  # their delay was beyond max_delay
+    beyond_expiry: tuple[str, ...] = ()  # they expire before their delay is over
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,10 @@ from taskd.inflight.base import (
 from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import Lane, SqliteStore
 from taskd.inflight.switches import GatedLanes
+from taskd.wire.envelope import scan
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
+MAX_ATTEMPTS_MARGIN = 3  # of retries beyond max_attempts; a worker that counts from elsewhere is no loop
 MAX_REASON_CHARS = 64  # of the word that names a reason
 WITHOUT_FENCE = frozenset({LeaseKind.UNARY, LeaseKind.PUSH})  # these holders report by id alone
 
@@ -232,10 +234,23 @@ class Leases:
         elif report.status is ReportStatus.FAILURE:
             reason = reason or "failed"
             self._departures.fail(row, lane, before, Event.FAILED, leased.dead_letter, now, reason, error)
+        elif self._retries_without_end(row, report):
+            self._departures.fail(row, lane, before, Event.FAILED, True, now, "max_attempts", error)
         else:
             status = self._store.move(row, lane, before, Event.RETRY_ASKED)
             follow = (report.max_attempts, report.delay_on_retry_s)
             self._store.run("leave", status, reason or "retry", error, *follow, row)
+
+    def _retries_without_end(self, row: int, report: Report) -> bool:
+        """Whether this retry is far beyond the attempts it may have, which its worker should have noticed.
+
+        One that names no limit has none. Off by default: workers decide between retry and failure.
+        """
+        if not self._store.policy.enforce_max_attempts:
+            return False
+        envelope = scan(self._store.one("activation", row)[0])
+        limit = envelope.max_attempts if report.max_attempts is None else report.max_attempts
+        return limit > 0 and envelope.attempts + 1 > limit + MAX_ATTEMPTS_MARGIN
 
     def hand_back(self, refs: Sequence[Ref], now: Now) -> list[Verdict]:
         """The holder did not start these, or never got them: they wait again, their attempt undone."""

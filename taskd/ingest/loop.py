@@ -20,6 +20,7 @@ from taskd.log.base import Partition, Reader, Record, Revoked
 from taskd.telemetry import metrics
 
 READ_WAIT_S = 5.0  # how long one read waits for records; bounds how stale `last_progress` gets
+NAMED_AT_MOST = 5  # ids in a log line
 STORE_RETRY_S = (0.1, 5.0)  # first and longest pause after the store failed
 
 log = structlog.get_logger("taskd.ingest")
@@ -212,11 +213,21 @@ class Ingest:
         ):
             if count:
                 metrics.ingest_records.labels(topic, result).inc(count)
+        self._tell_producers_faults(inserted)
         if inserted.undecodable:
             reasons = Counter(arrival.undecodable for arrival in arrivals if arrival.undecodable)
             log.warning(
                 "undecodable records are dead-lettered", count=inserted.undecodable, reasons=dict(reasons)
             )
+
+    def _tell_producers_faults(self, inserted: Inserted) -> None:
+        """Our own producer refuses such calls; these came from elsewhere."""
+        if ids := inserted.shortened:
+            metrics.shortened_delays.inc(len(ids))
+            log.warning("delays beyond max_delay_s are shortened", count=len(ids), ids=ids[:NAMED_AT_MOST])
+        if ids := inserted.beyond_expiry:
+            metrics.delay_beyond_expiry.inc(len(ids))
+            log.warning("records expire before their delay is over", count=len(ids), ids=ids[:NAMED_AT_MOST])
 
     def _progress(self) -> None:
         self.last_progress_mono_ms = self._clock.now().mono_ms

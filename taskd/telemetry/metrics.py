@@ -44,6 +44,12 @@ ingest_records = _counter(
 ingest_overflowed = _counter(
     "taskd_ingest_overflowed_total", "Records sent on to the overflow topic, their application's share full"
 )
+shortened_delays = _counter(
+    "taskd_ingest_shortened_delays_total", "Records whose delay was beyond max_delay_s, and was shortened"
+)
+delay_beyond_expiry = _counter(
+    "taskd_ingest_delay_beyond_expiry_total", "Records that expire before their delay is over"
+)
 log_lag_records = _gauge("taskd_log_lag_records", "Records not read yet", "topic", "partition")
 backpressure = _gauge("taskd_backpressure", "1 while reading pauses for this reason", "reason")
 
