@@ -46,6 +46,17 @@ def open_database(path: Path) -> apsw.Connection:
 
 
 @contextmanager
+def open_for_reading(path: Path) -> Iterator[apsw.Connection]:
+    """A second connection to a database in use, for one look that must not hold up its writer."""
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        db.set_busy_timeout(BUSY_TIMEOUT_MS)
+        yield db
+    finally:
+        db.close()
+
+
+@contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path` while the block lasts; the file names the holder's pid.
 
@@ -119,6 +130,67 @@ def _in_savepoint(db: apsw.Connection, write: Write) -> outcome.Outcome[object]:
         return outcome.Error(error)
     db.execute("RELEASE write")
     return outcome.Value(result)
+
+
+def damage(path: Path, *, full: bool) -> str:
+    """What is wrong with the database at `path`, in a few words; empty when it is sound, or not there.
+
+    `full` compares indexes with their tables too; either way it reads the whole file. Raises StartupError
+    when the file cannot be opened at all.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return ""
+    try:
+        # Read only: closing it must not bring changes into a file that may be damaged.
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        try:
+            db.set_busy_timeout(BUSY_TIMEOUT_MS)
+            (found,) = db.execute(f"PRAGMA {'integrity_check' if full else 'quick_check'}(1)").fetchall()
+        finally:
+            db.close()
+    except (apsw.CorruptError, apsw.NotADBError) as error:
+        return str(error)
+    except apsw.Error as error:
+        raise StartupError(f"cannot check the database {path}: {error}.", exit_code=73) from error
+    return "" if found == ("ok",) else str(found[0])
+
+
+def disk_trouble(error: StoreError) -> str:
+    """In words, when it was the disk that failed and not a statement; else nothing."""
+    cause = error.__cause__
+    if isinstance(cause, apsw.FullError):
+        return "the disk is full"
+    if isinstance(cause, (apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError)):
+        return f"the disk fails: {cause}"
+    if isinstance(cause, (apsw.CorruptError, apsw.NotADBError)):
+        return f"the file is damaged: {cause}"
+    return ""
+
+
+def wal_bytes(path: Path) -> int:
+    """Size of the write-ahead log beside `path`; 0 when there is none."""
+    try:
+        return Path(f"{path}-wal").stat().st_size
+    except OSError:
+        return 0
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk that `path` is on."""
+    disk = os.statvfs(path.parent)
+    return disk.f_bavail * disk.f_frsize
+
+
+def cut_wal(db: apsw.Connection) -> bool:
+    """Bring the write-ahead log into the file and empty it, unless a reader outside still needs it."""
+    db.set_busy_timeout(0)  # it is the writer who asks: all others wait behind it
+    try:
+        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    except apsw.Error:  # busy, or the disk fails; then the next write tells
+        return False
+    finally:
+        db.set_busy_timeout(BUSY_TIMEOUT_MS)
+    return True
 
 
 def _own(error: apsw.Error) -> StoreError:

@@ -96,6 +96,7 @@ class Arrivals:
             arrival.undecodable or None,
         )
         if store.db.changes() == 0:
+            store.drop_lane_if_empty(lane.number)
             return None
         store.move(store.db.last_insert_rowid(), lane.number, None, event)
         store.measure("received_to_stored", now.wall_ms - received_at_ms)

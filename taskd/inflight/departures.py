@@ -10,8 +10,6 @@ from taskd.clock import Now
 from taskd.inflight.base import Leaving, Left, Outcome, Settlement
 from taskd.inflight.sqlite import SqliteStore
 
-SHRINK_PAGES = 1_024  # given back to the disk in one go, so that no transaction becomes long
-
 OUTCOMES = {
     Status.COMPLETE: Outcome.COMPLETE,
     Status.RETRY: Outcome.RETRIED,
@@ -163,6 +161,8 @@ class Departures:
 
     def forget(self, older_than_ms: int, max_count: int, limit: int) -> int:
         """Drop tombstones from before `older_than_ms` (wall) and beyond `max_count`. Returns how many."""
+        if older_than_ms < self._store.finished_until_ms:  # see `remember_finished_until`
+            older_than_ms = 0
         rows = self._store.run("forgettable", older_than_ms, limit).fetchall()
         excess = sum(lane.counts[Status.GONE] for lane in self._store.lanes.values()) - len(rows) - max_count
         if not rows and excess > 0:
@@ -170,5 +170,4 @@ class Departures:
         for row, lane in rows:
             self._store.run("forget", row)
             self._store.forget(lane)
-        self._store.shrink(SHRINK_PAGES)
         return len(rows)

@@ -6,7 +6,6 @@ the row's newest is superseded: somebody else has, or had, the row since.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from taskd.inflight.switches import GatedLanes
 from taskd.wire.envelope import scan
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
+MAX_EXPIRED_PER_CLAIM = 1_000  # rows; a transaction that expires more would hold up all others
 MAX_ATTEMPTS_MARGIN = 3  # of retries beyond max_attempts; a worker that counts from elsewhere is no loop
 MAX_REASON_CHARS = 64  # of the word that names a reason
 WITHOUT_FENCE = frozenset({LeaseKind.UNARY, LeaseKind.PUSH})  # these holders report by id alone
@@ -73,13 +73,17 @@ class Leases:
         self._store = store
         self._departures = departures
         self._gated = GatedLanes(store, departures)
-        self._round: deque[int] = deque()  # lanes in the order of their next turn
+        self._round: dict[int, None] = {}  # lanes in the order of their next turn
+        self._round_version = -1
+        self.cut_short = False  # the last claim met so many expired rows that it left the rest for the next
 
     # ---- hand out
 
     def claim(self, request: ClaimRequest, now: Now) -> list[Lease]:
         """Lease up to `request.limit` waiting rows, in turns over the lanes that have any."""
         leases: list[Lease] = []
+        expired = 0
+        self.cut_short = False
         left_bytes = request.max_bytes
         lanes = self._ready_lanes(request)
         while lanes and len(leases) < request.limit:
@@ -87,24 +91,28 @@ class Leases:
             still_ready = []
             for lane in lanes:
                 wanted = min(share, request.limit - len(leases))
-                if not wanted:
+                self.cut_short = expired >= MAX_EXPIRED_PER_CLAIM
+                if not wanted or self.cut_short:
                     break
                 rows = self._waiting(lane, wanted, left_bytes, now, is_first=not leases)
                 if not rows:
                     continue  # too large for what is left: this lane keeps its turn
                 taken = [lease for row in rows if (lease := self._hand_out(lane, row, request, now))]
                 leases += taken
+                expired += len(rows) - len(taken)
                 left_bytes -= sum(len(lease.activation) for lease in taken)
                 self._turn_over(lane)
                 gated = self._store.gate(lane).by_task  # one look in each claim, which may be long
                 if lane.counts[Status.PENDING] > 0 and not gated and not self._busy_in_order(lane):
                     still_ready.append(lane)
-            lanes = still_ready
+            lanes = [] if self.cut_short else still_ready
         return leases
 
     def _ready_lanes(self, request: ClaimRequest) -> list[Lane]:
-        # Lanes are numbered from 1 without gaps, also when one was undone and its number used again.
-        self._round.extend(range(len(self._round) + 1, len(self._store.lanes) + 1))
+        lanes = self._store.lanes
+        if self._round_version != self._store.lanes_version:
+            self._round = {n: None for n in self._round if n in lanes} | dict.fromkeys(lanes)
+            self._round_version = self._store.lanes_version
         return [
             lane
             for number in self._round
@@ -124,8 +132,8 @@ class Leases:
         return self._in_order(lane) and lane.counts[Status.PROCESSING] + lane.counts[Status.CLAIMED] > 0
 
     def _turn_over(self, lane: Lane) -> None:
-        self._round.remove(lane.number)
-        self._round.append(lane.number)
+        del self._round[lane.number]
+        self._round[lane.number] = None
 
     def _waiting(
         self, lane: Lane, wanted: int, left_bytes: int, now: Now, *, is_first: bool

@@ -12,7 +12,13 @@ INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET va
 SELECT lane, application, namespace FROM lane
 
 -- name: add_lane
-INSERT INTO lane (application, namespace) VALUES (?, ?) RETURNING lane
+INSERT INTO lane (lane, application, namespace) VALUES (?, ?, ?)
+
+-- name: drop_lane
+DELETE FROM lane WHERE lane = ?
+
+-- name: drop_depths
+DELETE FROM depth WHERE lane = ?
 
 -- name: depths
 SELECT lane, status, count FROM depth
@@ -180,6 +186,16 @@ SELECT row, lane FROM inflight WHERE status = 12 ORDER BY finished_at_ms LIMIT ?
 
 -- name: forget
 DELETE FROM inflight WHERE row = ?
+
+-- name: by_partition
+SELECT topic, partition, status, count(*) FROM (
+  SELECT topic, partition, status FROM inflight WHERE status = 1
+  UNION ALL SELECT topic, partition, status FROM inflight WHERE status = 2
+  UNION ALL SELECT topic, partition, status FROM inflight WHERE status = 3
+  UNION ALL SELECT topic, partition, status FROM inflight WHERE status = 4
+  UNION ALL SELECT topic, partition, status FROM inflight WHERE status = 5
+  UNION ALL SELECT topic, partition, status FROM inflight WHERE status BETWEEN 7 AND 11 AND stuck IS NULL
+) GROUP BY topic, partition, status
 
 -- name: id_of
 SELECT id FROM inflight WHERE row = ?

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -21,12 +21,21 @@ import outcome
 from taskd.activation.lifecycle import HELD, Event, Status, after
 from taskd.activation.switches import Board, Gate
 from taskd.clock import Now
-from taskd.database import apply_in_one_transaction, open_database
-from taskd.errors import StartupError
+from taskd.database import (
+    MAX_IDLE_WAL_BYTES,
+    apply_in_one_transaction,
+    cut_wal,
+    disk_trouble,
+    open_database,
+    open_for_reading,
+    wal_bytes,
+)
+from taskd.errors import StartupError, StoreError
 from taskd.groupcommit import Write
 from taskd.inflight.base import Depth, Policy
 from taskd.inflight.schema import prepare_schema
 
+PROBE_BYTES = 256 * 1024
 KEPT_FREE_PAGES = 8_192  # 32 MB that will be filled again are not worth giving back
 
 
@@ -56,7 +65,8 @@ class Changes:
 
     events: Counter[tuple[Event, Status]] = field(default_factory=Counter)
     counts: Counter[tuple[int, Status]] = field(default_factory=Counter)
-    lanes: list[Lane] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)  # new
+    dropped_lanes: list[Lane] = field(default_factory=list)
     board_before: Board | None = None  # the switches changed; these held before
     wakes_claims: bool = False  # rows may have become claimable without having moved
     discarded: Counter[str] = field(default_factory=Counter)  # ended without a dead letter, by reason
@@ -68,6 +78,7 @@ class Changes:
         self.events.update(other.events)
         self.counts.update(other.counts)
         self.lanes.extend(other.lanes)
+        self.dropped_lanes.extend(other.dropped_lanes)
         self.board_before = self.board_before or other.board_before
         self.wakes_claims |= other.wakes_claims
         self.discarded.update(other.discarded)
@@ -90,7 +101,12 @@ class SqliteStore:
         self.on_undo: Callable[[], None] = lambda: None
         self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
+        self.lanes_version = 0  # rises with each lane that comes or goes
         self._by_name: dict[tuple[str, str], Lane] = {}
+        self.trouble = ""  # why the disk takes no rows, until a probe succeeds
+        self._columns: set[str] | None = None  # of the table of rows, once asked for
+        self._cut_wal = False  # after the next commit
+        self._last_lane = 0  # numbers are never used again while the file is open
         self.board = Board()  # see taskd.inflight.switches
         self.passed: dict[int, int] = {}  # by lane: all that waits up to this seq is paused
         self._write = Changes()
@@ -101,6 +117,7 @@ class SqliteStore:
             self.store_id = self._meta("store_id") or self._new_store_id()
             self.last_fence = int(self._meta("last_fence") or 0)
             self.last_seq = int(self._meta("last_seq") or 0)
+            self.finished_until_ms = int(self._meta("finished_until_ms") or 0)
             self._load_lanes()
             self.used_bytes = self._measure_used()
             # Monotonic clocks do not survive a reboot: every lease begins again at full length.
@@ -113,12 +130,42 @@ class SqliteStore:
             raise
 
     def close(self) -> None:
-        self.db.close()
+        try:
+            self.db.close()
+        except apsw.Error:  # the disk failed: what is committed stays in the write-ahead log
+            self.db.close(True)
 
     # ---- transactions
 
     def apply(self, writes: Sequence[Write]) -> list[outcome.Outcome[object]]:
-        """Perform `writes` in one transaction; counters follow the rows, also when some or all are undone."""
+        """Perform `writes` in one transaction; counters follow the rows, also when some or all are undone.
+
+        On a full disk each is tried by itself: what ends an activation may still fit where others do not.
+        """
+        try:
+            results = self._apply_together(writes)
+        except StoreError as error:
+            self._note(error)
+            if len(writes) == 1 or not isinstance(error.__cause__, apsw.FullError):
+                raise
+            results = [self._apply_alone(write) for write in writes]
+        for result in results:
+            if isinstance(result, outcome.Error) and isinstance(result.error, StoreError):
+                self._note(result.error)
+        if self._cut_wal:
+            self._cut_wal = not cut_wal(self.db)
+        return results
+
+    def _apply_alone(self, write: Write) -> outcome.Outcome[object]:
+        try:
+            return self._apply_together([write])[0]
+        except StoreError as error:
+            return outcome.Error(error)
+
+    def _note(self, error: StoreError) -> None:
+        self.trouble = disk_trouble(error) or self.trouble
+
+    def _apply_together(self, writes: Sequence[Write]) -> list[outcome.Outcome[object]]:
         self._batch = Changes()
         tracked = [partial(self._tracked, write) for write in writes]
         try:
@@ -145,10 +192,15 @@ class SqliteStore:
         return result
 
     def _undo(self, changes: Changes) -> None:
+        for lane in changes.dropped_lanes:
+            self._keep_lane(lane)
         for (number, status), change in changes.counts.items():
             self.lanes[number].counts[status] -= change
         for lane in changes.lanes:
-            del self.lanes[lane.number], self._by_name[lane.application, lane.namespace]
+            self._lose_lane(lane)
+        for lane in changes.dropped_lanes:  # one of the same name may have come and gone meanwhile
+            if lane.number in self.lanes:
+                self._keep_lane(lane)
         if changes.board_before is not None:
             self.board = changes.board_before
         self.passed.clear()
@@ -156,7 +208,9 @@ class SqliteStore:
 
     def _save_counters(self) -> None:
         rows = [
-            (n, status, self.lanes[n].counts[status]) for (n, status), by in self._batch.counts.items() if by
+            (n, status, self.lanes[n].counts[status])
+            for (n, status), by in self._batch.counts.items()
+            if by and n in self.lanes
         ]
         if rows:
             self.db.executemany(self.queries["write_depth"], rows)
@@ -192,6 +246,34 @@ class SqliteStore:
     def forget(self, lane: int) -> None:
         """A tombstone was deleted."""
         self._count(lane, Status.GONE, -1)
+        self.drop_lane_if_empty(lane)
+
+    def adopt(self, lane: Lane, status: Status, row: Mapping[str, Any]) -> bool:
+        """Take over a row of another store as it is; False when its id is known here.
+
+        Columns that this schema does not have are passed over.
+        """
+        if self._columns is None:
+            self._columns = {n for (n,) in self.db.execute("SELECT name FROM pragma_table_info('inflight')")}
+        names = [name for name in row if name in self._columns]
+        places = ", ".join("?" * (len(names) + 1))
+        sql = (
+            f"INSERT INTO inflight (lane, {', '.join(names)}) VALUES ({places}) "  # noqa: S608 - own columns
+            "ON CONFLICT (id) DO NOTHING"
+        )
+        self.db.execute(sql, (lane.number, *(row[name] for name in names)))
+        if self.db.changes() == 0:
+            self.drop_lane_if_empty(lane.number)
+            return False
+        self._count(lane.number, status, +1)
+        return True
+
+    def remember_finished_until(self, wall_ms: int) -> None:
+        """Keep tombstones until then, whatever their age."""
+        self.finished_until_ms = max(self.finished_until_ms, wall_ms)
+        self.run("write_meta", "finished_until_ms", str(self.finished_until_ms))
+        self.run("write_meta", "last_fence", str(self.last_fence))
+        self.run("write_meta", "last_seq", str(self.last_seq))
 
     def discard(self, reason: str) -> None:
         """An activation ends for this reason, and nothing of it is kept but its id."""
@@ -211,11 +293,30 @@ class SqliteStore:
     def lane_of(self, application: str, namespace: str) -> Lane:
         lane = self._by_name.get((application, namespace))
         if lane is None:
-            number: int = self.run("add_lane", application, namespace).get
-            lane = Lane(number, application, namespace)
-            self.lanes[number] = self._by_name[application, namespace] = lane
+            self._last_lane += 1
+            lane = Lane(self._last_lane, application, namespace)
+            self.run("add_lane", lane.number, application, namespace)
+            self._keep_lane(lane)
             self._write.lanes.append(lane)
         return lane
+
+    def drop_lane_if_empty(self, number: int) -> None:
+        """Forget a lane without rows and tombstones, or producers could make up lanes without end."""
+        lane = self.lanes[number]
+        if not any(lane.counts.values()):
+            self.run("drop_depths", number)
+            self.run("drop_lane", number)
+            self._lose_lane(lane)
+            self._write.dropped_lanes.append(lane)
+
+    def _keep_lane(self, lane: Lane) -> None:
+        self.lanes[lane.number] = self._by_name[lane.application, lane.namespace] = lane
+        self.lanes_version += 1
+
+    def _lose_lane(self, lane: Lane) -> None:
+        del self.lanes[lane.number]
+        self._by_name.pop((lane.application, lane.namespace), None)
+        self.lanes_version += 1
 
     # ---- switches
 
@@ -240,12 +341,23 @@ class SqliteStore:
         pages: int = self.db.pragma("page_count") - self.db.pragma("freelist_count")
         return pages * int(self.db.pragma("page_size"))
 
-    def shrink(self, max_pages: int) -> None:
-        """Give free pages back to the disk once they are a large part of the file."""
-        free = self.db.pragma("freelist_count")
-        if free > max(self.db.pragma("page_count") // 4, KEPT_FREE_PAGES):
-            # One page for each step; without fetching, only the first is given back.
-            self.db.execute(f"PRAGMA incremental_vacuum({max_pages:d})").fetchall()
+    def shrink(self, max_pages: int) -> int:
+        """Give free pages back to the disk once they are a large part of the file. Returns how many.
+
+        Asked now and then, it also has the write-ahead log cut back when that has grown.
+        """
+        self._cut_wal = wal_bytes(self.path) > MAX_IDLE_WAL_BYTES
+        free = int(self.db.pragma("freelist_count"))
+        if free <= max(self.db.pragma("page_count") // 4, KEPT_FREE_PAGES):
+            return 0
+        # One page for each step; without fetching, only the first is given back.
+        self.db.execute(f"PRAGMA incremental_vacuum({max_pages:d})").fetchall()
+        return free - int(self.db.pragma("freelist_count"))
+
+    def probe(self) -> None:
+        """Write something, to see whether the disk takes it."""
+        self.run("write_meta", "probe", "x" * PROBE_BYTES)
+        self.run("write_meta", "probe", "")
 
     def depths(self) -> list[Depth]:
         """Rows by lane and status; what is empty is left out."""
@@ -255,6 +367,15 @@ class SqliteStore:
             for status, count in list(lane.counts.items())
             if count
         ]
+
+    def depths_by_partition(self) -> dict[tuple[str, int, Status], int]:
+        """Rows that are not finished by where they came from, read beside the writer: any thread may ask.
+
+        It reads each of them, so ask every few seconds at most.
+        """
+        with open_for_reading(self.path) as db:
+            rows: list[Any] = db.execute(self.queries["by_partition"]).fetchall()
+        return {(topic, partition, Status(status)): count for topic, partition, status, count in rows}
 
     def recount(self) -> list[Depth]:
         """The same, counted from the rows: slow, for checks only."""
@@ -288,10 +409,12 @@ class SqliteStore:
 
     def _load_lanes(self) -> None:
         for number, application, namespace in self.run("lanes"):
-            lane = Lane(number, application, namespace)
-            self.lanes[number] = self._by_name[application, namespace] = lane
+            self._keep_lane(Lane(number, application, namespace))
         for number, status, count in self.run("depths"):
             self.lanes[number].counts[Status(status)] = count
+        self._last_lane = max(self.lanes, default=0)
+        for number in list(self.lanes):
+            self.drop_lane_if_empty(number)
 
 
 def _unusable(path: Path, error: apsw.Error) -> StartupError:

@@ -7,6 +7,7 @@ transaction meets one and the same board, and nothing slips between a switch and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,14 @@ class Replaced:
 
     added: tuple[Switch, ...] = ()
     removed: tuple[Switch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DemotedTo:
+    """Where demoted namespaces go. `cluster`: bootstrap servers; None: where the dead letters are."""
+
+    topic: str
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,8 @@ class Switches:
         self._store = store
         self._departures = departures
         store.board = Board(map(_switch, store.run("switches")))
+        found = store.one("read_meta", "demoted_to")
+        self.demoted_to = DemotedTo(*json.loads(found[0])) if found else DemotedTo("taskworker-long")
 
     # ---- orders
 
@@ -104,8 +115,18 @@ class Switches:
         wanted = set(numbers)
         return self._take(switch for switch in self._store.board.switches if switch.number in wanted)
 
-    def replace(self, source: SwitchSource, switches: Sequence[Switch], now: Now) -> Replaced:
+    def replace(
+        self,
+        source: SwitchSource,
+        switches: Sequence[Switch],
+        now: Now,
+        demoted_to: DemotedTo | None = None,
+    ) -> Replaced:
         """Make these the only switches of `source`; those that were there already stay as they are."""
+        if demoted_to is not None and demoted_to != self.demoted_to:
+            where = json.dumps([demoted_to.topic, demoted_to.cluster])
+            self._store.run("write_meta", "demoted_to", where)
+            self.demoted_to = demoted_to
         old = {(s.kind, s.subject): s for s in self._store.board.switches if s.source is source}
         new = {(switch.kind, switch.subject): switch for switch in switches}
         removed = self._take(switch for key, switch in old.items() if key not in new)

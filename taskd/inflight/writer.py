@@ -14,6 +14,8 @@ import trio
 from taskd.activation.lifecycle import LEAVING, Status
 from taskd.activation.switches import Board, Switch, SwitchSource
 from taskd.clock import Clock, Now
+from taskd.database import free_bytes, wal_bytes
+from taskd.errors import StoreError
 from taskd.groupcommit import Committer, InlineCommitter, OnBatch, open_group_commit
 from taskd.inflight.arrivals import Arrivals
 from taskd.inflight.base import (
@@ -35,9 +37,11 @@ from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
 from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import Changes, SqliteStore
-from taskd.inflight.switches import Looked, Replaced, Switches
+from taskd.inflight.switches import DemotedTo, Looked, Replaced, Switches
 
 T = TypeVar("T")
+
+RESUME_BYTES = 8 * 1024 * 1024  # as much room as that ends the trouble of a full disk
 
 log = structlog.get_logger("taskd.inflight")
 
@@ -78,16 +82,59 @@ class Inflight:
         self._switch_watchers: list[Wake] = []
         self.observers: list[Callable[[Changes], None]] = []
         self.last_commit_mono_ms = clock.now().mono_ms
+        self.notice = ""  # what an operator should know of this file
 
     @property
     def store_id(self) -> str:
         return self._store.store_id
 
+    @property
+    def trouble(self) -> str:
+        """Why the disk takes nothing; empty when it does.
+
+        Meanwhile nothing is inserted and claims answer nothing; reports and what upkeep does are tried,
+        because they need little room. It ends by `probe`.
+        """
+        return self._store.trouble
+
+    async def probe(self) -> None:
+        """While in trouble: see whether it is over. Raises StoreError as long as it is not."""
+        if not self.trouble:
+            return
+        free = free_bytes(self._store.path)
+        if free < RESUME_BYTES:
+            raise StoreError(f"{self.trouble}: {free} bytes are free, waiting for {RESUME_BYTES}")
+        await self._submit(lambda now: self._store.probe())
+        log.info("the store takes rows again", after=self.trouble)
+        self._store.trouble = ""
+        self._undone()  # whoever waited for rows looks again
+
+    async def shrink(self, max_pages: int) -> int:
+        return await self._submit(lambda now: self._store.shrink(max_pages))
+
+    @property
+    def wal_bytes(self) -> int:
+        return wal_bytes(self._store.path)
+
     async def insert(self, arrivals: Sequence[Arrival]) -> Inserted:
+        if self.trouble:
+            raise StoreError(self.trouble)
         return await self._submit(lambda now: self._arrivals.insert(arrivals, now))
 
     async def claim(self, request: ClaimRequest) -> list[Lease]:
-        return await self._submit(lambda now: self._leases.claim(request, now))
+        def claim(now: Now) -> tuple[list[Lease], bool]:
+            return self._leases.claim(request, now), self._leases.cut_short
+
+        while not self.trouble:
+            try:
+                leases, cut_short = await self._submit(claim)
+            except StoreError:
+                if not self.trouble:
+                    raise
+            else:
+                if leases or not cut_short:
+                    return leases
+        return []
 
     async def start(self, refs: Sequence[Ref]) -> list[Verdict]:
         return await self._submit(lambda now: self._leases.start(refs, now))
@@ -165,8 +212,14 @@ class Inflight:
     async def remove_switches(self, numbers: Collection[int]) -> tuple[Switch, ...]:
         return await self._submit(lambda now: self._switches.remove(numbers))
 
-    async def replace_switches(self, source: SwitchSource, switches: Sequence[Switch]) -> Replaced:
-        return await self._submit(lambda now: self._switches.replace(source, switches, now))
+    @property
+    def demoted_to(self) -> DemotedTo:
+        return self._switches.demoted_to
+
+    async def replace_switches(
+        self, source: SwitchSource, switches: Sequence[Switch], demoted_to: DemotedTo | None = None
+    ) -> Replaced:
+        return await self._submit(lambda now: self._switches.replace(source, switches, now, demoted_to))
 
     async def end_switches(self) -> tuple[Switch, ...]:
         return await self._submit(self._switches.end)
@@ -190,7 +243,7 @@ class Inflight:
 
     def claimable(self, application: str | None, namespaces: Collection[str]) -> bool:
         """Whether a claim with these filters would find a row; costs no transaction."""
-        return any(
+        return not self.trouble and any(
             lane.counts[Status.PENDING] > 0
             and (application is None or lane.application == application)
             and (not namespaces or lane.namespace in namespaces)
@@ -212,6 +265,10 @@ class Inflight:
     def set_policy(self, policy: Policy) -> None:
         """From the next write on, these limits hold; what was handed out keeps its deadline."""
         self._store.policy = policy
+
+    async def depths_by_partition(self) -> dict[tuple[str, int, Status], int]:
+        """Rows that are not finished, by topic, partition and status; reads each, in another thread."""
+        return await trio.to_thread.run_sync(self._store.depths_by_partition)
 
     def trace(self, on: bool) -> None:
         """Whether observers are told every transition by id, at the price of a look-up each."""

@@ -14,6 +14,9 @@ from taskd.inflight.writer import Inflight
 from taskd.upkeep.duties import Duty
 from taskd.upkeep.publish import Publisher
 
+VACUUM_PAGES = 256  # given back to the disk in one go: a millisecond or two that others wait
+WAL_WARNING_BYTES = 256 * 1024 * 1024  # four times of where it is cut back when nobody reads
+
 log = structlog.get_logger("taskd.upkeep")
 
 
@@ -27,6 +30,7 @@ class UpkeepSettings:
     lease_ms: int
     tombstone_ttl_ms: int
     tombstone_max_count: int
+    vacuum_interval_s: float = 10.0
 
 
 def broker_duties(
@@ -83,6 +87,18 @@ def broker_duties(
         now = settings()
         return await inflight.forget(now.tombstone_ttl_ms, now.tombstone_max_count, limit)
 
+    async def vacuum() -> int:
+        if inflight.wal_bytes > WAL_WARNING_BYTES:
+            log.warning(
+                "the write-ahead log cannot be cut back: end the process that keeps a read transaction open",
+                bytes=inflight.wal_bytes,
+            )
+        return await inflight.shrink(VACUUM_PAGES)
+
+    async def resume() -> int:
+        await inflight.probe()
+        return 0
+
     def every_s() -> float:
         return settings().interval_s
 
@@ -95,4 +111,6 @@ def broker_duties(
         Duty("end_overdue_claims", end_overdue_claims, limit, every_s),
         Duty("end_silent", end_silent, limit, every_s),
         Duty("forget", forget, limit, every_s),
+        Duty("vacuum", vacuum, VACUUM_PAGES, lambda: settings().vacuum_interval_s),
+        Duty("resume", resume, 1, every_s),
     ]
