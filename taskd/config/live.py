@@ -25,6 +25,7 @@ BROKER = frozenset(
         "log_level",
         "push.timeout_s",
         "push.worker_map",
+        "rpc.secrets",
         "store.enforce_max_attempts",
         "store.max_delay_count",
         "store.max_delay_s",

@@ -28,7 +28,7 @@ from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.log.base import Log
 from taskd.producer.service import LogService
-from taskd.rpc.access import server_guard, server_tls
+from taskd.rpc.access import revealed, server_guard, server_tls
 from taskd.rpc.base import Services
 from taskd.rpc.health import health_services
 from taskd.rpc.limits import Keepalive
@@ -96,6 +96,7 @@ class Broker:
         self._clock = clock
         self._inflight = inflight
         self._draining = trio.Event()
+        self._secrets = revealed(config.rpc.secrets)
         self._feeding = Feeding(config, clock, activation_log, inflight)
         presence = Presence(clock)
         publisher = Publisher(
@@ -109,7 +110,7 @@ class Broker:
         duties = broker_duties(
             inflight, publisher, presence, clock, lambda: settings.upkeep_settings(self._config)
         )
-        self._push = push_dispatch(config, clock, inflight, self._draining)
+        self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets)
         duties.append(parking_duty(config, inflight, self._push))
         self._upkeep = Upkeep(duties, clock)
         self._health = BrokerHealth(clock, self._upkeep, self._feeding, self._draining, self._push)
@@ -138,7 +139,7 @@ class Broker:
                 rpc.host,
                 rpc.port,
                 max_request_bytes=self._config.max_request_bytes,
-                guard=server_guard(rpc, self._clock),
+                guard=server_guard(self._secrets, self._clock),
                 tls=server_tls(rpc),
                 keepalive=Keepalive(time_s=rpc.keepalive_s),
                 max_connections=rpc.max_connections,
@@ -174,6 +175,7 @@ class Broker:
         was, self._config = self._config, config
         self._inflight.set_policy(settings.policy(config))
         self._feeding.set_config(config)
+        self._secrets.replace(revealed(config.rpc.secrets))
         self._stream.lease_ms = settings.milliseconds(config.dispatch.lease_s)
         if self._push is not None:
             self._push.settings.timeout_s = config.push.timeout_s

@@ -13,20 +13,21 @@ from taskd.dispatch.parking import Parking
 from taskd.dispatch.push import Connect, PushClient, PushDispatch, PushSettings
 from taskd.inflight.writer import Inflight
 from taskd.rpc import tls
-from taskd.rpc.access import Access, revealed
+from taskd.rpc.access import Access
 from taskd.rpc.client import connect
 from taskd.upkeep.duties import Duty
+from taskd.wire.signing import Secrets
 
 
 def push_dispatch(
-    config: BrokerConfig, clock: Clock, inflight: Inflight, draining: trio.Event
+    config: BrokerConfig, clock: Clock, inflight: Inflight, draining: trio.Event, secrets: Secrets
 ) -> PushDispatch | None:
     """None when delivery is pull. Raises StartupError when a file of its TLS cannot be used."""
     if config.dispatch.mode == "pull":
         return None
     push = config.push
     settings = PushSettings(push.timeout_s, push.max_in_flight_per_worker)
-    return PushDispatch(inflight, _connect(config, clock), draining, push.worker_map, settings)
+    return PushDispatch(inflight, _connect(config, clock, secrets), draining, push.worker_map, settings)
 
 
 def parking_duty(config: BrokerConfig, inflight: Inflight, push: PushDispatch | None) -> Duty:
@@ -36,8 +37,7 @@ def parking_duty(config: BrokerConfig, inflight: Inflight, push: PushDispatch | 
     return Duty("park", parking.round, limit, lambda: config.upkeep.interval_s)
 
 
-def _connect(config: BrokerConfig, clock: Clock) -> Connect:
-    secrets = revealed(config.rpc.secrets)
+def _connect(config: BrokerConfig, clock: Clock, secrets: Secrets) -> Connect:
     files = config.push.tls
     context: ssl.SSLContext | None = tls.client_context(files.ca, files.certificate, files.key)
 

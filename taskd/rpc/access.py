@@ -52,8 +52,8 @@ def server_tls(section: RpcSection) -> ssl.SSLContext | None:
 
 
 def server_guard(
-    section: RpcSection, clock: Clock, of_services: Mapping[str, Iterable[SecretStr]] | None = None
+    secrets: Secrets, clock: Clock, of_services: Mapping[str, Iterable[SecretStr]] | None = None
 ) -> Guard:
-    """The broker's. `of_services`: secrets of services that `rpc.secrets` must not open."""
+    """The broker's. `of_services`: secrets of services that `secrets`, its usual ones, must not open."""
     of = {service: revealed(secrets) for service, secrets in (of_services or {}).items()}
-    return Guard(revealed(section.secrets), clock, of_services=of)
+    return Guard(secrets, clock, of_services=of)

@@ -66,3 +66,28 @@ async def test_a_worker_changes_its_log_level_and_names_the_rest(tmp_path: Path)
         assert [entry["key"] for entry in worker.entries("needs a restart")] == ["pools.default.slots"]
         assert [entry["key"] for entry in worker.entries("configuration changed")] == ["log_level"]
         assert await worker.stopped() == 0
+
+
+async def test_secrets_are_rotated_without_a_restart(tmp_path: Path) -> None:
+    file = tmp_path / "broker.yaml"
+    file.write_text(BROKER.format(folder=tmp_path, port=0, more=""))
+    async with open_daemons(tmp_path) as daemons:
+        broker = daemons.start("broker", "--config", str(file))
+        address = (await broker.said("broker listens"))["rpc"]
+
+        async def asked(more: dict[str, str]) -> str:
+            """What `taskd status` says of an id that nobody knows."""
+            asking = daemons.start("status", "x", "--broker", address, more=more)
+            assert await asking.ended() == 1
+            return " ".join(asking.lines)
+
+        assert "Authentication failed" not in await asked({})
+        text = BROKER.format(folder=tmp_path, port=0, more="")
+        file.write_text(text.replace("{port: 0}", "{port: 0, secrets: [new, old]}", 1))
+        broker.send(signal.SIGHUP)
+        await broker.said("configuration reloaded")
+        assert "Authentication failed" in await asked({})
+        for secret in ("new", "old"):
+            assert "Authentication failed" not in await asked({"TASKD_SECRET": secret})
+        assert "Authentication failed" in await asked({"TASKD_SECRET": "other"})
+        assert await broker.stopped() == 0
