@@ -7,6 +7,7 @@ from taskd.inflight.base import Description
 from taskd.inflight.writer import Inflight
 from taskd.rpc.base import Services, Unary
 from taskd.wire.generated.taskd.v1 import ActivationStatus, GetStatusRequest, GetStatusResponse
+from taskd.wire.protobuf import check_whole
 
 METHOD = "/taskd.v1.InspectService/GetStatus"
 MAX_IDS = 1_000  # of one request
@@ -22,6 +23,7 @@ class Inspect:
 
     async def get_status(self, request: bytes) -> bytes:
         try:
+            check_whole(request)
             ids = GetStatusRequest.parse(request).ids
         except Exception as error:  # the generated code raises many kinds
             raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None

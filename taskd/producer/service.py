@@ -6,6 +6,7 @@ from taskd.errors import Refused
 from taskd.log.base import Outgoing, Position, Rejected, Writer
 from taskd.rpc.base import Services, Unary
 from taskd.wire.generated.taskd.v1 import AppendedRecord, AppendRequest, AppendResponse
+from taskd.wire.protobuf import check_whole
 
 METHOD = "/taskd.v1.LogService/Append"
 
@@ -23,6 +24,7 @@ class LogService:
 
     async def append(self, request: bytes) -> bytes:
         try:
+            check_whole(request)
             records = AppendRequest.parse(request).records
         except Exception as error:  # the generated code raises many kinds
             raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None

@@ -13,6 +13,7 @@ from taskd.wire.generated.grpc.health.v1 import (
     HealthCheckResponse,
     HealthCheckResponseServingStatus,
 )
+from taskd.wire.protobuf import check_whole
 
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -59,6 +60,7 @@ def health_services(
 
 def _service_in(request: bytes) -> str:
     try:
+        check_whole(request)
         return HealthCheckRequest.parse(request).service
     except Exception as error:  # whatever a decoder makes of foreign bytes
         raise Refused("INVALID_ARGUMENT", f"expected a HealthCheckRequest: {error}") from error

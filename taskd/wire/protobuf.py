@@ -67,6 +67,13 @@ def fields(raw: bytes, start: int = 0, end: int | None = None) -> Iterator[Field
             yield number, wire_type, int.from_bytes(chunk, "little"), begin, position
 
 
+def check_whole(raw: bytes) -> None:
+    """Raises Undecodable unless `raw` is fields from end to end: the generated messages take a field
+    that was cut off for what is left of it."""
+    for _ in fields(raw):
+        pass
+
+
 def read_varint(raw: bytes, position: int, stop: int) -> tuple[int, int]:
     """The varint at `position` and the position behind it."""
     value = shift = 0
