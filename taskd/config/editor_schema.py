@@ -10,6 +10,7 @@ from pydantic_core import to_jsonable_python
 from taskd.config.schema import Section
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 UNITS = {"_ms": "milliseconds", "_s": "seconds", "_bytes": "bytes"}
 
 
@@ -20,6 +21,7 @@ def json_schema(model: type[Section]) -> dict[str, Any]:
     for name, about in (*schema.get("$defs", {}).items(), (model.__name__, schema)):
         if name in by_name:
             _describe(by_name[name], about.get("properties", {}))
+    _name_bounds(schema)
     return {"$schema": DIALECT, **schema}
 
 
@@ -42,3 +44,16 @@ def _describe(section: type[Section], properties: dict[str, Any]) -> None:
         known = section.model_fields[name]
         if known.default_factory is not None:  # pydantic leaves these out
             about["default"] = to_jsonable_python(known.get_default(call_default_factory=True))
+
+
+def _name_bounds(schema: Any) -> None:
+    """Behind a validator of ours pydantic leaves bounds under its own names, which editors do not know."""
+    if isinstance(schema, list):
+        for item in schema:
+            _name_bounds(item)
+    elif isinstance(schema, dict):
+        for ours, theirs in BOUNDS.items():
+            if "type" in schema and ours in schema:
+                schema[theirs] = schema.pop(ours)
+        for below in schema.values():
+            _name_bounds(below)

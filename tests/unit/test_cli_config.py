@@ -143,6 +143,14 @@ def test_the_schema_names_every_key_with_description_and_default(model, flags):
                 assert of["description"].endswith("(in seconds)"), f"{name}.{key}"
 
 
+def test_the_schema_tells_bounds_in_its_own_words():
+    sections = json_schema(BrokerConfig)["$defs"]
+    port = sections["RpcSection"]["properties"]["port"]
+    assert (port["minimum"], port["maximum"]) == (0, 65535)
+    assert sections["StoreSection"]["properties"]["max_pending_count"]["exclusiveMinimum"] == 0
+    assert sections["StoreSection"]["properties"]["max_delay_s"]["anyOf"][0]["exclusiveMinimum"] == 0
+
+
 @pytest.mark.parametrize("model", [BrokerConfig, WorkerConfig])
 def test_every_key_is_described(model):
     assert [".".join(path) for path, known in leaves(model) if not known.description] == []

@@ -104,6 +104,10 @@ def test_flat(tmp_path):
     assert (config.rpc.host, config.rpc.port, config.http.port) == ("10.0.0.7", 50052, 50053)
     assert [secret.get_secret_value() for secret in config.rpc.secrets] == ["new-secret", "old-secret"]
     assert config.max_request_bytes == 8388608
+    assert config.data_dir == Path("/var/lib/taskbroker")
+    assert config.store.path == Path("/var/lib/taskbroker/jobs.sqlite")
+    assert config.store.vacuum_interval_s == 30
+    assert config.switches.file == Path("/etc/taskbroker/runtime.yaml")
     assert (config.upkeep.interval_s, config.dispatch.processing_deadline_grace_s) == (0.5, 5)
     assert (config.log_level, config.log_format) == ("info", "json")
     said = "\n".join(found.warnings)
@@ -227,6 +231,20 @@ def test_the_environment_wins_over_the_file_on_request(write):
     ours, _ = carried(None, maps)
     assert ours["log"]["clusters"] == {"main": {"address": "kafka:1"}}
     assert ours["log"]["topics"]["jobs"]["cluster"] == "main"
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("info", "info"),
+        ("TRACE", "debug"),
+        ("librdkafka=off,warn", "warning"),
+        ("h2=off", "info"),
+        ("off", "error"),
+    ],
+)
+def test_log_levels(write, text, level):
+    assert carried(write(f"log_level: {text!r}\n"))[0]["log_level"] == level
 
 
 def test_no_server_is_one_for_this_machine(write):

@@ -32,10 +32,13 @@ def _store(*names: str) -> tuple[str, ...]:
 
 
 def _level(source: Source, given: Given) -> str | None:
-    # A filter such as `info,librdkafka=warn` begins with what counts for everything.
-    text = str(given.value).split(",")[0].strip().lower()
-    text = {"trace": "debug", "warn": "warning", "fatal": "error", "critical": "error"}.get(text, text)
-    return source.one_of(Given(given.key, text, given.origin), "debug", "info", "warning", "error")
+    """A filter such as `info,librdkafka=warn` says among others what counts for everything."""
+    general = [part.strip().lower() for part in str(given.value).split(",") if "=" not in part]
+    level = general[0] if general else "info"
+    level = {"trace": "debug", "warn": "warning", "fatal": "error", "critical": "error", "off": "error"}.get(
+        level, level
+    )
+    return source.one_of(Given(given.key, level, given.origin), "debug", "info", "warning", "error")
 
 
 def _format(source: Source, given: Given) -> str:
