@@ -2,6 +2,9 @@
 
 python published_client.py activations 100    what it would produce, one JSON line each
 python published_client.py work HOST:PORT N   its worker, with N child processes
+python published_client.py push HOST:PORT N   the same, listening at TASKD_TEST_PUSH_PORT to be pushed to
+
+TASKD_TEST_SECRETS: a JSON list of what it shares with the broker.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from taskbroker_client.app import TaskbrokerApp
 from taskbroker_client.retry import LastAction, Retry, RetryTaskError
 from taskbroker_client.state import current_task
-from taskbroker_client.worker import TaskWorker
+from taskbroker_client.worker import PushTaskWorker, TaskWorker
 
 KINDS = ("noop", "nap", "retried", "fails", "fails_once")
 
@@ -28,6 +31,7 @@ def no_producer(topic: str) -> None:
 
 app = TaskbrokerApp(name="published", producer_factory=no_producer)
 app.set_modules(["published_client"])
+app.set_config({"rpc_secret": os.environ.get("TASKD_TEST_SECRETS")})
 tasks = app.taskregistry.create_namespace("published", processing_deadline_duration=3)
 
 
@@ -93,10 +97,19 @@ class WithExtras(logging.Formatter):
         return f"{record.levelname} {record.name} {record.getMessage()} {extras}"
 
 
-def work(address: str, concurrency: int) -> int:
+def work(address: str, concurrency: int, push: bool) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(WithExtras())
     logging.basicConfig(level=logging.DEBUG, handlers=[handler])
+    if push:
+        return PushTaskWorker(
+            app_module="published_client:app",
+            broker_service=address,
+            concurrency=concurrency,
+            process_type="spawn",
+            grpc_port=int(os.environ["TASKD_TEST_PUSH_PORT"]),
+            drain_file_path=None,
+        ).start()
     return TaskWorker(
         app_module="published_client:app",
         broker_hosts=[address],
@@ -106,6 +119,6 @@ def work(address: str, concurrency: int) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "work":
-        sys.exit(work(sys.argv[2], int(sys.argv[3])))
+    if sys.argv[1] in ("work", "push"):
+        sys.exit(work(sys.argv[2], int(sys.argv[3]), push=sys.argv[1] == "push"))
     print_activations(int(sys.argv[2]))
