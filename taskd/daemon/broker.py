@@ -6,6 +6,7 @@ the log can be reached; until then the broker serves what it has and `/readyz` s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import structlog
@@ -18,8 +19,9 @@ from taskd.clock import Clock, SystemClock
 from taskd.config import live
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure, notify, reload, settings
-from taskd.daemon.feeding import Feeding, open_log
+from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
+from taskd.daemon.logs import open_logs
 from taskd.daemon.pushing import parking_duty, push_dispatch
 from taskd.database import hold_lock
 from taskd.dispatch.stream import StreamDispatch
@@ -81,23 +83,25 @@ async def _run_locked(
     task_status: trio.TaskStatus[BrokerAddresses],
 ) -> None:
     async with (
-        open_log(config, clock) as activation_log,
+        open_logs(config, clock) as activation_logs,
         open_inflight(
             config.data_dir / STORE_FILE, clock, settings.policy(config), on_batch=measure.committed
         ) as inflight,
     ):
-        broker = Broker(config, clock, activation_log, inflight)
+        broker = Broker(config, clock, activation_logs, inflight)
         await broker.run(stop, reloads, task_status)
 
 
 class Broker:
-    def __init__(self, config: BrokerConfig, clock: Clock, activation_log: Log, inflight: Inflight) -> None:
+    def __init__(
+        self, config: BrokerConfig, clock: Clock, activation_logs: Mapping[str, Log], inflight: Inflight
+    ) -> None:
         self._config = config
         self._clock = clock
         self._inflight = inflight
         self._draining = trio.Event()
         self._secrets = revealed(config.rpc.secrets)
-        self._feeding = Feeding(config, clock, activation_log, inflight)
+        self._feeding = Feeding(config, clock, activation_logs, inflight)
         presence = Presence(clock)
         publisher = Publisher(
             inflight,

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import structlog
 import trio
 
 from taskd.clock import Clock
 from taskd.config.schema import BrokerConfig
-from taskd.daemon import settings
+from taskd.daemon import logs, settings
 from taskd.errors import LogUnavailable
 from taskd.inflight.writer import Inflight
 from taskd.ingest.loop import Ingest
 from taskd.ingest.overflow import Overflow
+from taskd.ingest.raw import decoder
 from taskd.log.base import Log, Outgoing, Position, Reader, Writer
-from taskd.log.embedded import open_embedded
-from taskd.log.kafka import KafkaLog
+from taskd.log.several import SeveralReaders, SeveralWriters
 
 LOG_RETRY_S = (0.5, 30.0)  # first and longest pause before the log is tried again
 
@@ -25,18 +25,21 @@ log = structlog.get_logger("taskd.broker")
 
 
 class Feeding:
-    """Opens the log's reader and writer, runs ingest between them, and is the outlet for what is published.
+    """Opens the logs' readers and writers, runs ingest between them, and is the outlet for what is published.
 
-    `reader` and `ingest` are None until the log was reached; `ended` is set when nothing is read any more.
+    `reader` and `ingest` are None until it began, and `reader` again at its end; `ended` is set when
+    nothing is read any more.
     """
 
-    def __init__(self, config: BrokerConfig, clock: Clock, activation_log: Log, inflight: Inflight) -> None:
+    def __init__(
+        self, config: BrokerConfig, clock: Clock, activation_logs: Mapping[str, Log], inflight: Inflight
+    ) -> None:
         self.reader: Reader | None = None
         self.ingest: Ingest | None = None
         self.ended = trio.Event()
         self._config = config
         self._clock = clock
-        self._log = activation_log
+        self._logs = activation_logs
         self._inflight = inflight
         self._writer: Writer | None = None
 
@@ -48,31 +51,50 @@ class Feeding:
 
     async def run(self) -> None:
         """Feed until `stop`, then stay for what is still to be published, until cancelled."""
-        wanted = self._config.log
-        topic = next(iter(wanted.consumed.values()))
         try:
-            await self._ensure_topics()
-            async with (
-                self._log.open_writer() as writer,
-                self._log.open_reader(
-                    list(wanted.consumed), topic.consumer_group, offset_reset=topic.offset_reset
-                ) as reader,
-            ):
-                self._writer, self.reader = writer, reader
-                self.ingest = Ingest(
-                    reader,
-                    self._inflight,
-                    self._clock,
-                    limits=settings.limits(self._config),
-                    batch_max_records=self._config.ingest.batch_max_records,
-                    overflow=self._overflow(),
-                )
-                await self.ingest.run()
-                self.ended.set()
+            async with AsyncExitStack() as stack:
+                writers = {
+                    place: await stack.enter_async_context(log.open_writer())
+                    for place, log in self._logs.items()
+                }
+                self._writer = SeveralWriters(writers, logs.place_of(self._config))
+                await self._ingest()
                 await trio.sleep_forever()
         finally:
             self._writer = None
             self.ended.set()
+
+    async def _ingest(self) -> None:
+        """Read until `stop`. The groups are left at its end: what waits here is no business of theirs."""
+        sources = logs.sources(self._config)
+        reader = SeveralReaders([str(source) for source in sources])
+        ingest = Ingest(
+            reader,
+            self._inflight,
+            self._clock,
+            limits=settings.limits(self._config),
+            batch_max_records=self._config.ingest.batch_max_records,
+            decode=decoder(settings.raw_tasks(self._config)),
+            overflow=self._overflow(),
+        )
+        wanted = logs.wanted_topics(self._config)
+        async with trio.open_nursery() as nursery:
+            for place in self._logs:
+                ready = trio.Event()
+                nursery.start_soon(self._ensure_topics, place, wanted.get(place, {}), ready)
+                for source in sources:
+                    if source.place == place:
+                        nursery.start_soon(self._follow, source, reader, ready)
+            self.reader, self.ingest = reader, ingest
+            await ingest.run()
+            self.reader = None
+            self.ended.set()
+            nursery.cancel_scope.cancel()
+
+    async def _follow(self, source: logs.Source, reader: SeveralReaders, ready: trio.Event) -> None:
+        await ready.wait()
+        async with source.open(self._logs[source.place]) as opened:
+            await reader.follow(str(source), source.topics, opened)
 
     def _overflow(self) -> Overflow | None:
         share = self._config.ingest.max_application_share
@@ -97,36 +119,16 @@ class Feeding:
             self.ingest.stop()
             await self.ended.wait()
 
-    async def _ensure_topics(self) -> None:
-        if not self._config.log.create_missing_topics:
-            return
+    async def _ensure_topics(self, place: str, topics: Mapping[str, int], ready: trio.Event) -> None:
+        """Create what is missing, once the log can be reached; without it, nothing is known to read."""
         pause_s, longest_s = LOG_RETRY_S
-        while True:
+        while self._config.log.create_missing_topics:
             try:
-                await self._log.ensure_topics(settings.topics(self._config))
+                await self._logs[place].ensure_topics(topics)
             except LogUnavailable as error:
                 log.warning("the log cannot be reached, trying again", error=str(error), pause_s=pause_s)
                 await trio.sleep(pause_s)
                 pause_s = min(pause_s * 2, longest_s)
             else:
-                return
-
-
-@asynccontextmanager
-async def open_log(config: BrokerConfig, clock: Clock) -> AsyncIterator[Log]:
-    wanted = config.log
-    if wanted.kind == "embedded":
-        async with open_embedded(
-            config.data_dir,
-            partitions=wanted.default_partitions,
-            retention_s=wanted.embedded.retention_s,
-            max_record_bytes=wanted.max_record_bytes,
-            clock=clock,
-            lock=False,  # the broker holds it for its store already
-        ) as opened:
-            yield opened
-    else:
-        yield KafkaLog(
-            wanted.clusters[wanted.cluster_of(wanted.deadletter_topic)].address,
-            max_message_bytes=wanted.max_record_bytes,
-        )
+                break
+        ready.set()

@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from taskd.config.schema import BrokerConfig
 from taskd.inflight.base import Policy
 from taskd.ingest.backpressure import Limits
+from taskd.ingest.raw import RawTask
 from taskd.upkeep.table import UpkeepSettings
 
 
-def topics(config: BrokerConfig) -> Mapping[str, int]:
-    """Every topic there should be, with its partitions."""
-    wanted = config.log
-    names = {wanted.deadletter_topic: wanted.default_partitions}
-    return names | {
-        name: topic.partitions or wanted.default_partitions for name, topic in wanted.topics.items()
+def raw_tasks(config: BrokerConfig) -> Mapping[str, RawTask]:
+    return {
+        name: RawTask(
+            namespace=topic.raw.namespace,
+            application=topic.raw.application,
+            taskname=topic.raw.taskname,
+            processing_deadline_s=topic.raw.processing_deadline_s,
+            compression_level=topic.raw.compression_level,
+        )
+        for name, topic in config.log.topics.items()
+        if topic.raw is not None
     }
 
 
