@@ -42,18 +42,20 @@ Worker = Annotated[
 def check(file: File, worker: Worker = None) -> None:
     """Say whether a daemon would start with this file and the environment variables (TASKD_…) that are set.
 
-    Every problem is told at once, each with its line and the nearest valid name. Nothing is opened or
-    connected. Exit code 0 when it is valid, 78 when not.
+    Every problem is told at once, each with its line and the nearest valid name. Files it names, such as
+    certificates and the file of switches, are looked at too: what is wrong there is a warning. Nothing is
+    connected to. Exit code 0 when it is valid, 78 when not.
 
     ```
     taskd config check conf/broker.yaml && systemctl reload taskd-broker
     ```
     """
+    from taskd.config.files import troubles
     from taskd.config.loader import gather, misspelt_names, validated
 
     model = _model(file, worker)
     _warn(misspelt_names(model))
-    validated(model, gather(model, file, {}))
+    _warn(troubles(validated(model, gather(model, file, {}))))
     typer.echo(f"{file}: a valid configuration of `taskd {_daemon(model)}`")
 
 

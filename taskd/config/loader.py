@@ -27,6 +27,7 @@ from taskd.errors import ConfigError
 
 PREFIX = "TASKD_"
 COMMAND_LINE = "command line"
+OF_COMMANDS = {"ADMIN_SECRET"}  # read by commands, and part of no configuration
 C = TypeVar("C", bound=Section)
 
 
@@ -61,7 +62,12 @@ def misspelt_names(model: type[Section], environ: Mapping[str, str] = os.environ
     They are no errors: other programs' names share the prefix.
     """
     of_producers = shape.environment_names(ProducerConfig)
-    known = {*of_producers, *shape.environment_names(BrokerConfig), *shape.environment_names(WorkerConfig)}
+    known = {
+        *OF_COMMANDS,
+        *of_producers,
+        *shape.environment_names(BrokerConfig),
+        *shape.environment_names(WorkerConfig),
+    }
     here = sorted({*of_producers, *shape.environment_names(model)})
     found = []
     for name, text in sorted(environ.items()):

@@ -73,6 +73,20 @@ def test_no_such_file():
     assert "/nonexistent.yaml: no such file" in result.stderr
 
 
+def test_files_that_are_named_are_looked_at(tmp_path, write):
+    switches = write("drop_task_killswitch: [a.b]\n", "switches.yaml")
+    (tmp_path / "key.pem").touch()
+    file = write(
+        f"rpc: {{tls: {{certificate: /nonexistent.pem, key: {tmp_path}/key.pem}}}}\n"
+        f"switches: {{file: {switches}}}\n"
+    )
+    result = run("check", file)
+    assert result.exit_code == 0
+    assert "warning: `rpc.tls.certificate`: /nonexistent.pem: cannot be read here" in result.stderr
+    assert "demoted_namespaces" in result.stderr
+    assert "key.pem: cannot" not in result.stderr
+
+
 # ---- show
 
 
@@ -175,7 +189,15 @@ def test_a_misspelt_name_is_told_with_the_nearest(name, near):
 
 
 @pytest.mark.parametrize(
-    "name", ["TASKD_DATA_DIR", "TASKD_LOG", "TASKD_TEST_KAFKA", "TASKD_POOLS__A__SLOTS", "PATH"]
+    "name",
+    [
+        "TASKD_DATA_DIR",
+        "TASKD_ADMIN_SECRET",
+        "TASKD_LOG",
+        "TASKD_TEST_KAFKA",
+        "TASKD_POOLS__A__SLOTS",
+        "PATH",
+    ],
 )
 def test_other_names_are_not_told(name):
     assert misspelt_names(BrokerConfig, {name: "x"}) == []
