@@ -26,10 +26,12 @@ from taskd.daemon.pushing import parking_duty, push_dispatch
 from taskd.database import hold_lock
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
+from taskd.errors import StartupError
 from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.log.base import Log
 from taskd.producer.service import LogService
+from taskd.rpc import tls
 from taskd.rpc.access import revealed, server_guard, server_tls
 from taskd.rpc.base import Services
 from taskd.rpc.health import health_services
@@ -101,6 +103,7 @@ class Broker:
         self._inflight = inflight
         self._draining = trio.Event()
         self._secrets = revealed(config.rpc.secrets)
+        self._tls = server_tls(config.rpc)
         self._feeding = Feeding(config, clock, activation_logs, inflight)
         presence = Presence(clock)
         publisher = Publisher(
@@ -144,7 +147,7 @@ class Broker:
                 rpc.port,
                 max_request_bytes=self._config.max_request_bytes,
                 guard=server_guard(self._secrets, self._clock),
-                tls=server_tls(rpc),
+                tls=self._tls,
                 keepalive=Keepalive(time_s=rpc.keepalive_s),
                 max_connections=rpc.max_connections,
             ) as rpc_port,
@@ -180,6 +183,7 @@ class Broker:
         self._inflight.set_policy(settings.policy(config))
         self._feeding.set_config(config)
         self._secrets.replace(revealed(config.rpc.secrets))
+        self._renew_certificate()
         self._stream.lease_ms = settings.milliseconds(config.dispatch.lease_s)
         if self._push is not None:
             self._push.settings.timeout_s = config.push.timeout_s
@@ -188,6 +192,15 @@ class Broker:
         if (was.log_level, was.log_format) != (config.log_level, config.log_format):
             setup_logging(config.log_level, config.log_format)
         self._inflight.trace(config.log_level == "debug")
+
+    def _renew_certificate(self) -> None:
+        files = self._config.rpc.tls
+        if self._tls is None or files is None:
+            return
+        try:
+            tls.renew(self._tls, files.certificate, files.key, files.client_ca)
+        except StartupError as error:
+            log.error("the old certificate holds", problem=str(error))
 
     def _services(self) -> Services:
         known = {"": self._health.serving, consumer.SERVICE: self._health.serving}

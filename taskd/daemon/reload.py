@@ -37,8 +37,13 @@ async def follow(
     """Reload whenever asked, until cancelled. `running` is what holds now; `apply` makes another hold."""
     async for _ in reloads.asked:
         config = reloaded(reloads.load, running(), live_keys)
-        if config is not None:
+        if config is None:
+            continue
+        try:
             apply(config)
+        except Exception:  # whatever it was: SIGHUP never stops a daemon
+            log.exception("configuration not wholly applied; restart when it suits")
+        else:
             log.info("configuration reloaded")
 
 

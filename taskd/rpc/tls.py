@@ -25,6 +25,17 @@ def server_context(certificate: Path, key: Path, client_ca: Path | None = None) 
     return context
 
 
+def renew(context: ssl.SSLContext, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
+    """Show what the files hold now, to connections from now on; authorities are added, none is taken away.
+
+    Raises StartupError; then nothing has changed.
+    """
+    server_context(certificate, key, client_ca)  # apart, because a wrong pair would leave half of it behind
+    _show(context, certificate, key)
+    if client_ca is not None:
+        _trust(context, client_ca)
+
+
 def client_context(
     ca: Path | None = None, certificate: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:

@@ -97,6 +97,22 @@ async def test_calls_and_streams_over_tls(files: Files, mutual: bool) -> None:
             assert channel.version() in ("TLSv1.2", "TLSv1.3")
 
 
+async def test_a_renewed_certificate_counts_for_the_next_connection(files: Files) -> None:
+    context = tls.server_context(*files.stranger)
+    access = reached_with(tls.client_context(files.ca))
+    with trio.fail_after(GENEROUS_S):
+        async with aio.open_loop(), serve(SERVICES, "127.0.0.1", 0, tls=context) as port:
+            address = f"127.0.0.1:{port}"
+            async with connect(address, access) as client:
+                with pytest.raises(PeerUnavailable):
+                    await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S)
+            with pytest.raises(StartupError, match="does not belong"):
+                tls.renew(context, files.server[0], files.client[1])
+            tls.renew(context, *files.server)
+            async with connect(address, access) as client:
+                assert await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S) == b"x"
+
+
 WRONG: dict[str, Callable[[Files], tuple[ssl.SSLContext, ssl.SSLContext | None]]] = {
     "server of a stranger": lambda f: (tls.server_context(*f.stranger), tls.client_context(f.ca)),
     "server of another name": lambda f: (tls.server_context(*f.other_name), tls.client_context(f.ca)),
