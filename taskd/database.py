@@ -47,13 +47,19 @@ def open_database(path: Path) -> apsw.Connection:
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[apsw.Connection]:
-    """A second connection to a database in use, for one look that must not hold up its writer."""
-    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    """A second connection to a database in use, for one look that must not hold up its writer.
+
+    Raises StoreError when the file cannot be read.
+    """
     try:
-        db.set_busy_timeout(BUSY_TIMEOUT_MS)
-        yield db
-    finally:
-        db.close()
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        try:
+            db.set_busy_timeout(BUSY_TIMEOUT_MS)
+            yield db
+        finally:
+            db.close()
+    except apsw.Error as error:
+        raise StoreError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -130,6 +136,39 @@ def _in_savepoint(db: apsw.Connection, write: Write) -> outcome.Outcome[object]:
         return outcome.Error(error)
     db.execute("RELEASE write")
     return outcome.Value(result)
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copy a database, also one in use, as it is at one moment; its writer is not held up.
+
+    `target` is one file without side files, on the disk when this returns. Raises StartupError (exit 73).
+    """
+    try:
+        with open_for_reading(source) as reading:
+            writing = apsw.Connection(str(target))
+            try:
+                with writing.backup("main", reading, "main") as copying:
+                    while not copying.done:
+                        copying.step(-1)  # all at once: in slices a busy writer would restart it for ever
+                writing.execute("PRAGMA journal_mode = DELETE").fetchall()
+            finally:
+                writing.close()
+        _to_disk(target)
+        _to_disk(target.parent)
+    except (OSError, apsw.Error) as error:
+        raise StartupError(
+            f"cannot copy {source} to {target}: {error}. Give a folder with enough room that user "
+            f"{os.getuid()} may write, and a source that is sound.",
+            exit_code=73,
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def damage(path: Path, *, full: bool) -> str:

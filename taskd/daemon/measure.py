@@ -8,13 +8,13 @@ from contextlib import suppress
 import structlog
 import trio
 
-from taskd.errors import LogUnavailable
+from taskd.errors import LogUnavailable, StoreError
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
 from taskd.log.base import Reader
 from taskd.telemetry import metrics
 
-EVERY_S = 5.0
+EVERY_S = 5.0  # a look at ten thousand rows by partition takes some 10 ms of another thread
 LOOP_LAG_EVERY_S = 1.0
 
 log = structlog.get_logger("taskd.inflight")
@@ -70,4 +70,9 @@ async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -
             with suppress(LogUnavailable), trio.move_on_after(EVERY_S):
                 for partition, lag in (await current.lag()).items():
                     metrics.log_lag_records.labels(partition.topic, str(partition.number)).set(lag)
+        with suppress(StoreError):  # a disk in trouble is told by the store itself
+            rows = await inflight.depths_by_partition()
+            metrics.partition_rows.clear()
+            for (topic, number, status), count in rows.items():
+                metrics.partition_rows.labels(topic, str(number), status.word).set(count)
         await trio.sleep(EVERY_S)

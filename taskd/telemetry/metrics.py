@@ -57,6 +57,9 @@ backpressure = _gauge("taskd_backpressure", "1 while reading pauses for this rea
 store_rows = _gauge(
     "taskd_store_rows", "Activations in the store, by lane and status", "application", "namespace", "status"
 )
+partition_rows = _gauge(
+    "taskd_partition_rows", "Activations that are not finished, by origin", "topic", "partition", "status"
+)
 commit_seconds = _histogram("taskd_commit_seconds", "Time of one transaction, durable", _FAST_S)
 commit_batch_size = _histogram("taskd_commit_batch_size", "Requests gathered in one transaction", _BATCH)
 transitions = _counter(
@@ -94,6 +97,14 @@ retries_published = _counter("taskd_retries_published_total", "Retries published
 dead_letters = _counter("taskd_dead_letters_total", "Dead letters published", "reason")
 upkeep_seconds = _histogram("taskd_upkeep_seconds", "Time of one round of a duty", _FAST_S, "duty")
 upkeep_errors = _counter("taskd_upkeep_errors_total", "Rounds of a duty that failed", "duty")
+
+# operators' switches
+switches = _gauge("taskd_switches", "Switches that hold", "kind")
+demoted = _counter("taskd_demoted_total", "Activations of demoted namespaces forwarded to their topic")
+switch_file_valid = _gauge(
+    "taskd_switch_file_valid", "1 when the file of switches holds as it is, 0 when an older state of it does"
+)
+switch_file_errors = _counter("taskd_switch_file_errors_total", "Times the file of switches was not valid")
 
 # worker
 worker_tasks = _counter("taskd_worker_tasks_total", "Tasks that ended in this worker", "status")
