@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
@@ -10,7 +11,7 @@ from taskd.config import live
 from taskd.config.redaction import HIDDEN, redacted
 from taskd.config.schema import BrokerConfig, Section, WorkerConfig
 from taskd.config.shape import keys_of
-from taskd.daemon.reload import reloaded
+from taskd.daemon.reload import Reloads, follow, reloaded
 from taskd.errors import ConfigError
 
 
@@ -59,6 +60,27 @@ def test_an_invalid_file_changes_nothing_and_every_problem_is_logged():
         assert reloaded(load, config(), live.BROKER) is None
     assert [line["problem"] for line in logs[:2]] == ["first", "second"]
     assert logs[2]["event"] == "the old configuration holds"
+
+
+async def test_a_reload_that_fails_ends_nothing():
+    asked, hear = trio.open_memory_channel[int](2)
+    for number in range(2):
+        asked.send_nowait(number)
+    asked.close()
+    applied = []
+
+    def apply(wanted: BrokerConfig) -> None:
+        applied.append(wanted)
+        if len(applied) == 1:
+            raise RuntimeError("cannot be")
+
+    with capture_logs() as logs:
+        await follow(Reloads(hear, config), config, apply, live.BROKER)
+    assert len(applied) == 2
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == [
+        "configuration not wholly applied; restart when it suits"
+    ]
+    assert logs[-1]["event"] == "configuration reloaded"
 
 
 def test_a_pool_that_came_or_went():
