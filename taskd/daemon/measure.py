@@ -32,7 +32,7 @@ def count(changes: Changes) -> None:
         log.debug(
             "transition",
             id=transition.id,
-            event=transition.event.value,
+            by=transition.event.value,  # `event` is structlog's own name for the message
             before="" if transition.before is None else transition.before.word,
             status=transition.status.word,
         )

@@ -17,7 +17,7 @@ Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
 
 # These libraries tell at "info" what only their authors want to know.
-TALKATIVE = ("aiokafka", "asyncio", "grpclib", "hpack", "hypercorn.error", "trio_asyncio")
+TALKATIVE = ("aiokafka", "asyncio", "grpclib", "hypercorn.error", "trio_asyncio")
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -78,3 +78,5 @@ def _install(handler: logging.Handler, number: int) -> None:
     root.setLevel(number)
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(number if number < logging.INFO else max(number, logging.WARNING))
+    # At debug it tells every byte of every header: thirty lines for a call, ours drowned in them.
+    logging.getLogger("hpack").setLevel(max(number, logging.WARNING))
