@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from structlog.testing import capture_logs
 
 from taskd.activation.lifecycle import Status
+from taskd.daemon import measure
 from taskd.errors import LogUnavailable
 from taskd.log.base import Outgoing, Position, Rejected
 from taskd.wire import consumer
@@ -91,10 +93,16 @@ async def test_every_transition_is_told_by_id_when_traced(autojump_clock: Clock,
     broker.inflight.observers.append(
         lambda changes: told.extend((t.id, t.event.value, t.status.word) for t in changes.transitions)
     )
+    broker.inflight.observers.append(measure.count)
     broker.inflight.trace(True)
-    await broker.produce(broker.activation("a"))
-    await broker.settle()
-    await broker.get_task()
+    with capture_logs() as logs:
+        await broker.produce(broker.activation("a"))
+        await broker.settle()
+        await broker.get_task()
     broker.inflight.trace(False)
     await broker.set_status("a")
+    assert [(line["id"], line["by"]) for line in logs if line["event"] == "transition"] == [
+        ("a", "arrived"),
+        ("a", "handed_out"),
+    ]
     assert told == [("a", "arrived", "pending"), ("a", "handed_out", "processing")]
