@@ -36,6 +36,7 @@ BROKER = frozenset(
         "store.max_size_bytes",
         "store.tombstone_max_count",
         "store.tombstone_ttl_s",
+        "store.vacuum_interval_s",
         "upkeep.interval_s",
     }
 )

@@ -277,8 +277,15 @@ class LogSection(Section):
 
 
 class StoreSection(Section):
-    """Limits of what is in flight."""
+    """The file of what is in flight, and its limits."""
 
+    path: Path | None = Field(default=None, description="the file; null: inflight.sqlite in data_dir")
+    integrity_check: Literal["quick", "full", "off"] = Field(
+        default="quick", description="look for damage at the start; a damaged file is set aside"
+    )
+    vacuum_interval_s: PositiveSeconds = Field(
+        default=10, description="time between two looks for free room to give back to the disk"
+    )
     max_pending_count: PositiveInt = Field(
         default=2_048, description="most rows waiting; reading pauses above it"
     )
@@ -373,6 +380,26 @@ class UpkeepSection(Section):
     max_rows_per_round: PositiveInt = Field(default=2_000, description="rows one duty handles in one go")
 
 
+class SwitchesSection(Section):
+    """The file of switches: tasks that are killed, namespaces that are sent elsewhere."""
+
+    file: Path | None = Field(default=None, description="YAML file of switches; null: there is none")
+    poll_s: PositiveSeconds = Field(
+        default=0.5, description="how often it is looked at; a change holds within twice that at most"
+    )
+
+
+class AdminSection(Section):
+    """Where operators' orders are taken, such as `taskd pause`."""
+
+    socket: Path | None = Field(
+        default=None, description="Unix socket, for the broker's user only; null: admin.sock in data_dir"
+    )
+    secrets: tuple[Secret, ...] = Field(
+        default=(), description="orders signed with one of these are taken at `rpc` too; empty: none are"
+    )
+
+
 class BrokerConfig(Section):
     """Configuration of `taskd broker`."""
 
@@ -387,6 +414,8 @@ class BrokerConfig(Section):
     dispatch: DispatchSection = DispatchSection()
     push: PushSection = PushSection()
     upkeep: UpkeepSection = UpkeepSection()
+    switches: SwitchesSection = SwitchesSection()
+    admin: AdminSection = AdminSection()
     drain_grace_s: GraceSeconds = Field(
         default=10, description="how long to wait for running work when stopping"
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from taskd.config.schema import BrokerConfig
 from taskd.inflight.base import Policy
 from taskd.ingest.backpressure import Limits
 from taskd.ingest.raw import RawTask
 from taskd.upkeep.table import UpkeepSettings
+
+STORE_FILE = "inflight.sqlite"
 
 
 def raw_tasks(config: BrokerConfig) -> Mapping[str, RawTask]:
@@ -48,6 +51,10 @@ def limits(config: BrokerConfig) -> Limits:
     )
 
 
+def store_path(config: BrokerConfig) -> Path:
+    return config.store.path or config.data_dir / STORE_FILE
+
+
 def upkeep_settings(config: BrokerConfig) -> UpkeepSettings:
     return UpkeepSettings(
         interval_s=config.upkeep.interval_s,
@@ -56,6 +63,7 @@ def upkeep_settings(config: BrokerConfig) -> UpkeepSettings:
         lease_ms=milliseconds(config.dispatch.lease_s),
         tombstone_ttl_ms=milliseconds(config.store.tombstone_ttl_s),
         tombstone_max_count=config.store.tombstone_max_count,
+        vacuum_interval_s=config.store.vacuum_interval_s,
     )
 
 

@@ -65,13 +65,19 @@ class DamagedFile:
             return
         self.complete = False
         first = yield from self._descending(last)
-        step, at = 1, last + 1
+        step, at, bad = 1, last + 1, last + 1
         while at < first:  # what lies between the two ends
             end = yield from self._ascending(at - 1, first)
+            found = end is None or end >= at
+            if found and at > bad + 1:
+                yield from self._descending(bad, at)  # what the last jumps passed over
             if end is None:
                 return
-            step = 1 if end >= at else step * 2
-            at = max(end, at) + step
+            if found:
+                step, at = 1, end + 1
+                bad = at
+            else:
+                step, at = step * 2, at + step
 
     def _ascending(self, after: int, before: int | None) -> Generator[Row, None, int | None]:
         """Rows up to one that cannot be read; returns the last one, None when the end was reached."""
@@ -84,11 +90,11 @@ class DamagedFile:
             return last
         return None
 
-    def _descending(self, after: int) -> Generator[Row, None, int]:
-        """Rows from the end down to one that cannot be read; returns the first of them."""
+    def _descending(self, after: int, before: int = 2**62) -> Generator[Row, None, int]:
+        """Rows from the end, or from `before`, down to one that cannot be read; returns the first of them."""
         first = after + 1
         try:
-            for values in self._select(f"row > {after:d} ORDER BY row DESC"):
+            for values in self._select(f"row > {after:d} AND row < {before:d} ORDER BY row DESC"):
                 first = values["row"]
                 yield values
         except UNREADABLE:

@@ -102,7 +102,7 @@ def broker_duties(
     def every_s() -> float:
         return settings().interval_s
 
-    leaving = inflight.watch(Status.RETRY, Status.FAILURE, Status.EXPIRED)
+    leaving = inflight.watch(Status.RETRY, Status.FAILURE, Status.EXPIRED, Status.FORWARDED)
     return [
         Duty("publish", publisher.round, limit, every_s, leaving),
         Duty("become_due", become_due, limit, every_s),
