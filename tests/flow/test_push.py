@@ -303,19 +303,31 @@ async def test_a_busy_application_holds_up_no_other(
         assert broker.inflight.counts()[Status.CLAIMED] == 2
 
 
+@pytest.mark.parametrize("width", [1, 2])
 async def test_applications_that_share_an_address_take_turns(
-    autojump_clock: Clock, broker: Broker, workers: Workers
+    autojump_clock: Clock, broker: Broker, workers: Workers, width: int
 ) -> None:
     async def slowly(id_: str) -> None:
         await trio.sleep(1)
 
     workers.answer[SHOP] = slowly
-    async with pushing(broker, workers, {"shop": SHOP, "bank": SHOP}, width=2):
-        await produce(broker, *[f"s{n}" for n in range(10)])
-        await produce(broker, "b0", "b1", application="bank")
-        await trio.sleep(3.5)
-        assert {"b0", "b1"} <= set(workers.got[SHOP])
-        assert workers.most_in_flight == 2
+    await produce(broker, *[f"s{n}" for n in range(10)])
+    await produce(broker, "b0", "b1", application="bank")
+    await broker.settle()
+    async with pushing(broker, workers, {"shop": SHOP, "bank": SHOP}, width=width):
+        await trio.sleep(4 / width - 0.5)
+        assert {"s0", "b0"} == set(workers.got[SHOP][:2])
+        assert {"s0", "b0", "s1", "b1"} == set(workers.got[SHOP])
+        assert workers.most_in_flight == width
+
+
+async def test_calls_leave_in_the_order_of_arrival(
+    autojump_clock: Clock, broker: Broker, workers: Workers
+) -> None:
+    async with pushing(broker, workers, width=16):
+        await produce(broker, *[f"{n:02}" for n in range(40)])
+        await broker.settle()
+    assert workers.got[SHOP] == [f"{n:02}" for n in range(40)]
 
 
 async def test_after_a_failure_one_call_finds_out_and_pauses_grow(
