@@ -26,7 +26,7 @@ from taskd.errors import StartupError
 from taskd.rpc.answer import Call, Limits
 from taskd.rpc.auth import Guard
 from taskd.rpc.base import MAX_MESSAGE_BYTES, Headers, Services
-from taskd.rpc.connection import Protocol, configuration
+from taskd.rpc.connection import Flusher, Protocol, configuration
 from taskd.rpc.exchange import Exchange
 from taskd.rpc.limits import (
     HELLO_S,
@@ -74,6 +74,7 @@ class _Server:
         self._accepting = trio.CancelScope()
         self._protocols: set[Protocol] = set()
         self._budget = Budget(MAX_RECEIVING_BYTES)
+        self._flusher = Flusher()
         self._config: Configuration = configuration(keepalive).__for_server__()
 
     # ---- connections
@@ -83,6 +84,7 @@ class _Server:
         with self._accepting:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._sweep)
+                nursery.start_soon(self._flusher.run)
                 await trio.serve_listeners(self._welcome, listeners, handler_nursery=nursery)
 
     async def _sweep(self) -> None:
@@ -107,6 +109,7 @@ class _Server:
             client_side=False,
             max_message_bytes=self.limits.max_request_bytes,
             budget=self._budget,
+            flusher=self._flusher,
             on_lost=self._protocols.discard,
         )
         self._protocols.add(protocol)
@@ -123,6 +126,7 @@ class _Server:
         if self.stopping:
             call.scope.cancel()
         self.calls.add(call)
+        call.exchange.connection.calls += 1
         self.nursery.start_soon(self._run, call, name=f"rpc {call.path}")
 
     async def _run(self, call: Call) -> None:
@@ -130,6 +134,7 @@ class _Server:
             await call.run()
         finally:
             self.calls.discard(call)
+            call.exchange.connection.calls -= 1
             if not self.calls:
                 self.idle.unpark_all()
 
