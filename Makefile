@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 CLIENT := .venv-client
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help demo demo-kafka test test-all check fmt proto clean setup
+.PHONY: help demo demo-kafka test test-kafka torture-rebalance test-all check fmt proto clean setup
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-18s %s\n", $$1, $$2}'
 
 setup: $(STAMP) $(CLIENT)/.installed ## make the virtual environments (every other target does it by itself)
 
@@ -41,6 +41,12 @@ demo-kafka: $(STAMP) ## the same over Kafka (a broker from PyPI, or TASKD_TEST_K
 
 test: $(STAMP) $(CLIENT)/.installed ## run the tests, Kafka included
 	@$(BIN)/python -m pytest -m "not long"
+
+test-kafka: $(STAMP) ## run the Kafka tests on a real Apache Kafka (needs Maven, a JDK 17, openssl)
+	@$(BIN)/python tests/kafka/real_kafka.py $(BIN)/python -m pytest -m "kafka and not long"
+
+torture-rebalance: $(STAMP) ## restart eight brokers over and over on a real Apache Kafka (six minutes)
+	@$(BIN)/python tests/kafka/real_kafka.py $(BIN)/python tests/kafka/torture_rebalance.py $(TORTURE)
 
 test-all: $(STAMP) $(CLIENT)/.installed ## run the tests and the long ones: kill loops, many seeds
 	@$(BIN)/python -m pytest

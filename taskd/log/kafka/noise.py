@@ -31,15 +31,17 @@ ORDINARY = (
     "Sending username and password in the clear",  # as configured
 )
 
+# A filter sees what its own logger is told, and nothing from below.
 LOGGERS = (
-    "client",
-    "cluster",
-    "conn",
-    "consumer.consumer",
-    "consumer.fetcher",
-    "consumer.group_coordinator",
-    "producer.producer",
-    "producer.sender",
+    "aiokafka",
+    "aiokafka.cluster",
+    "aiokafka.conn",
+    "aiokafka.consumer.consumer",
+    "aiokafka.consumer.fetcher",
+    "aiokafka.consumer.group_coordinator",
+    "aiokafka.consumer.subscription_state",
+    "aiokafka.producer.producer",
+    "aiokafka.producer.sender",
 )
 
 
@@ -69,4 +71,4 @@ _reducer = _Reducer()
 def reduce() -> None:
     """From now on, in this process. May be called again."""
     for name in LOGGERS:
-        logging.getLogger(f"aiokafka.{name}").addFilter(_reducer)
+        logging.getLogger(name).addFilter(_reducer)
