@@ -58,12 +58,6 @@ class ListenSection(Section):
     port: Port = Field(default=0, description="port to bind; 0 takes a free one")
 
 
-class HttpSection(ListenSection):
-    """Where health and metrics are served."""
-
-    port: Port = Field(default=50052, description="port to bind; 0 takes a free one")
-
-
 class ListenTlsSection(Section):
     """TLS of a listener. Files are PEM."""
 
@@ -72,6 +66,13 @@ class ListenTlsSection(Section):
     client_ca: Path | None = Field(
         default=None, description="callers must show a certificate signed by these (mutual TLS)"
     )
+
+
+class HttpSection(ListenSection):
+    """Where health and metrics are served."""
+
+    port: Port = Field(default=50052, description="port to bind; 0 takes a free one")
+    tls: ListenTlsSection | None = Field(default=None, description="certificate and key; null: in the clear")
 
 
 Secret = Annotated[SecretStr, Field(min_length=1)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import SecretStr
 
 from taskd.clock import Clock
-from taskd.config.schema import PoolSection, ProducerConfig, RpcSection
+from taskd.config.schema import HttpSection, ListenTlsSection, PoolSection, ProducerConfig, RpcSection
 from taskd.rpc import tls
 from taskd.rpc.auth import Guard
 from taskd.wire.signing import Secrets
@@ -46,9 +46,19 @@ def producer_access(config: ProducerConfig) -> Access:
 
 
 def server_tls(section: RpcSection) -> ssl.SSLContext | None:
-    """Of the broker's listener. Raises StartupError as `pool_access`."""
-    wanted = section.tls
-    return None if wanted is None else tls.server_context(wanted.certificate, wanted.key, wanted.client_ca)
+    """Of the gRPC listener. Raises StartupError as `pool_access`."""
+    return _listener_context(section.tls, tls.ALPN)
+
+
+def http_tls(section: HttpSection) -> ssl.SSLContext | None:
+    """Of the HTTP listener. Raises StartupError as `pool_access`."""
+    return _listener_context(section.tls, tls.HTTP_ALPN)
+
+
+def _listener_context(section: ListenTlsSection | None, alpn: Sequence[str]) -> ssl.SSLContext | None:
+    if section is None:
+        return None
+    return tls.server_context(section.certificate, section.key, section.client_ca, alpn)
 
 
 def server_guard(

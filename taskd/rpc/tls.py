@@ -1,23 +1,28 @@
-"""TLS contexts, all made here: version 1.2 or newer, HTTP/2, certificates always verified."""
+"""TLS contexts, all made here: version 1.2 or newer, certificates always verified."""
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 from taskd.errors import StartupError
 
 EX_CONFIG = 78
-ALPN = ["h2"]
+ALPN = ("h2",)
+HTTP_ALPN = ("http/1.1",)
 
 
-def server_context(certificate: Path, key: Path, client_ca: Path | None = None) -> ssl.SSLContext:
-    """For a listener. With `client_ca`, callers must show a certificate that it signed (mutual TLS).
+def server_context(
+    certificate: Path, key: Path, client_ca: Path | None = None, alpn: Sequence[str] = ALPN
+) -> ssl.SSLContext:
+    """For a listener that speaks `alpn`.
 
+    With `client_ca`, callers must show a certificate that it signed (mutual TLS).
     Files are PEM; `certificate` holds the chain, own certificate first. Raises StartupError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _settle(context)
+    _settle(context, alpn)
     _show(context, certificate, key)
     if client_ca is not None:
         _trust(context, client_ca)
@@ -45,7 +50,7 @@ def client_context(
     Raises StartupError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    _settle(context)
+    _settle(context, ALPN)
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     else:
@@ -57,10 +62,10 @@ def client_context(
     return context
 
 
-def _settle(context: ssl.SSLContext) -> None:
+def _settle(context: ssl.SSLContext, alpn: Sequence[str]) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
-    context.set_alpn_protocols(ALPN)
+    context.set_alpn_protocols(list(alpn))
 
 
 def _show(context: ssl.SSLContext, certificate: Path, key: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import ssl
 import sys
 
 import trio
@@ -18,6 +19,7 @@ from taskd.web.health import HealthSource
 GRACE_S = 1.0  # open requests may finish this long after a stop
 KEEP_ALIVE_S = 5.0
 READ_TIMEOUT_S = 30
+HANDSHAKE_S = 10.0  # of TLS
 STUCK_CLIENT_MS = 5_000  # a client that takes nothing for so long is cut off, or it could hold up the stop
 
 EX_UNAVAILABLE, EX_TEMPFAIL = 69, 75
@@ -28,6 +30,7 @@ async def serve_http(
     port: int,
     health: HealthSource,
     *,
+    tls: ssl.SSLContext | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled; `task_status.started` gets the bound port once connections are taken.
@@ -37,7 +40,8 @@ async def serve_http(
     """
     listening = await _listen(host, port)
     bound: int = listening.getsockname()[1]
-    config = Config()
+    config = _Config()
+    config.tls = tls
     config.bind = [f"fd://{listening.detach()}"]
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
@@ -59,6 +63,20 @@ async def serve_http(
                 task_status=_Started(task_status, bound),  # type: ignore[arg-type]
             )
         nursery.cancel_scope.cancel()
+
+
+class _Config(Config):
+    """Hypercorn's, with a context made elsewhere."""
+
+    tls: ssl.SSLContext | None = None
+    ssl_handshake_timeout = HANDSHAKE_S
+
+    @property
+    def ssl_enabled(self) -> bool:
+        return self.tls is not None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        return self.tls
 
 
 class _Started:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
 
+from taskd.config.schema import HttpSection, ListenTlsSection
 from taskd.errors import StartupError
+from taskd.rpc.access import http_tls
 from taskd.web import server
 from taskd.web.health import PartHealth
 from taskd.web.server import serve_http
@@ -126,3 +129,30 @@ async def test_an_address_that_is_not_ours_is_a_sentence(host):
     with pytest.raises(StartupError, match=r"HTTP cannot listen on .*http\.host") as caught:
         await serve_http(host, 0, health=Parts())
     assert caught.value.exit_code == 69
+
+
+async def test_the_pages_over_tls(tmp_path):
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    both = tmp_path / "both.pem"
+    section = HttpSection(tls=ListenTlsSection(certificate=both, key=both))
+    trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(
+            lambda task_status: serve_http(
+                "127.0.0.1", 0, Parts(), tls=http_tls(section), task_status=task_status
+            )
+        )
+        with pytest.raises(trio.BrokenResourceError):
+            async with await trio.open_ssl_over_tcp_stream("127.0.0.1", port) as stranger:
+                await stranger.do_handshake()
+        async with await trio.open_ssl_over_tcp_stream(
+            "127.0.0.1", port, ssl_context=trusting, https_compatible=True
+        ) as stream:
+            await stream.send_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            answer = b"".join([chunk async for chunk in stream])
+        assert answer.startswith(b"HTTP/1.1 200")
+        nursery.cancel_scope.cancel()
