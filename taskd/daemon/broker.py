@@ -7,6 +7,7 @@ the log can be reached; until then the broker serves what it has and `/readyz` s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -32,7 +33,7 @@ from taskd.inflight.writer import Inflight, open_inflight
 from taskd.log.base import Log
 from taskd.producer.service import LogService
 from taskd.rpc import tls
-from taskd.rpc.access import revealed, server_guard, server_tls
+from taskd.rpc.access import http_tls, revealed, server_guard, server_tls
 from taskd.rpc.base import Services
 from taskd.rpc.health import health_services
 from taskd.rpc.limits import Keepalive
@@ -153,7 +154,9 @@ class Broker:
             ) as rpc_port,
             trio.open_nursery() as serving,
         ):
-            http_port = await serving.start(serve_http, http.host, http.port, self._health)
+            http_port = await serving.start(
+                partial(serve_http, tls=http_tls(http)), http.host, http.port, self._health
+            )
             serving.start_soon(self._upkeep.run)
             serving.start_soon(measure.watch_loop)
             serving.start_soon(measure.keep_gauges, self._inflight, lambda: self._feeding.reader)
