@@ -256,7 +256,7 @@ class Sender:
             await self._inflight.report([report])
         else:
             await self._inflight.maybe_pushed([lease.ref])
-            log.warning("a worker may have taken an activation", worker=self._url, id=lease.id, why=why)
+            log.info("a worker may have taken an activation", worker=self._url, id=lease.id, why=why)
 
     def _took(self) -> None:
         self._pace.succeeded()

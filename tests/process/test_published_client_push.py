@@ -7,6 +7,8 @@ signatures are right is that the tasks ran.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -55,14 +57,42 @@ async def test_it_is_pushed_to_also_while_the_broker_is_killed(tmp_path: Path) -
         broker = scene.broker()
         worker = client(scene, "push", port)
         await scene.produce_these(*by_our_producer(100), *by_the_client(50))
-        with trio.fail_after(60):
-            while len(scene.lines()) < 40:  # noqa: ASYNC110  # files give no event to wait for
-                await trio.sleep(0.02)
+        await recorded(scene, 40)
         await broker.killed()
         broker = scene.broker()
         history = await scene.close_the_books(broker, worker)
         ran = {line.key for line in history.lines if line.word == "START"}
         assert ran == {produced.key for produced in history.produced}
+
+
+@pytest.mark.long
+async def test_worker_and_broker_are_killed_again_and_again(tmp_path: Path) -> None:
+    """Its children outlive its worker when that is killed, so they are killed too."""
+    port = free_port()
+    async with open_scene(tmp_path, TASKD_RPC__SECRETS=json.dumps(SECRETS), **push_to(port)) as scene:
+        scene.secret = SECRETS[0]
+        broker = scene.broker()
+        worker = client(scene, "push", port)
+        await scene.produce_these(*by_our_producer(300))
+        for lines in (60, 180, 260):
+            await recorded(scene, lines)
+            children = worker.children()
+            worker.send(signal.SIGKILL)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            await worker.ended()
+            if lines == 180:
+                await broker.killed()
+                broker = scene.broker()
+            worker = client(scene, "push", port)
+        await scene.close_the_books(broker, worker)
+
+
+async def recorded(scene: Scene, lines: int) -> None:
+    """Until tasks have written so many lines."""
+    with trio.fail_after(60):
+        while len(scene.lines()) < lines:  # noqa: ASYNC110  # files give no event to wait for
+            await trio.sleep(0.02)
 
 
 async def test_it_fetches_with_signed_calls(tmp_path: Path) -> None:
