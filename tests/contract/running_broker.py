@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from urllib.request import ProxyHandler, build_opener
 import apsw
 import grpc
 import msgpack
+import trio
 from daemons import clean_environment
 
+from taskd import aio
 from taskd.log.base import Outgoing
+from taskd.log.kafka import KafkaLog
 from taskd.producer.destination import APPEND, encode_request
 from taskd.wire import consumer
 from taskd.wire.envelope import scan
@@ -166,6 +170,29 @@ class RunningBroker:
         assert found, f"it did not say {message!r} {more}:\n" + "\n".join(last)
         return found[0]
 
+    def said_with(self, message: str, key: str) -> dict[str, Any]:
+        """The last line of this message that has such a key, as soon as there is one."""
+
+        def found() -> list[dict[str, Any]]:
+            return [entry for entry in self._found(message, {}) if key in entry]
+
+        with self._news:
+            self._news.wait_for(lambda: found() or self._ended, WITHIN_S)
+            assert found(), f"it did not say {message!r} with {key}: {self._found(message, {})}"
+            return found()[-1]
+
+    def until(self, true: Callable[[], bool]) -> None:
+        """Wait for what no log line tells, such as a committed offset."""
+        deadline = time.monotonic() + WITHIN_S
+        while not true():
+            assert time.monotonic() < deadline, "it did not come true"
+            self.pause()
+
+    def pause(self) -> None:
+        """A moment, or until it says something."""
+        with self._news:
+            self._news.wait(0.02)
+
     def became(self, id_: str, status: str, times: int = 1) -> None:
         """Wait until this activation has come to this status, so many times."""
 
@@ -197,7 +224,23 @@ class RunningBroker:
         with opener.open(f"http://{self.http}{path}", timeout=WITHIN_S) as response:
             return response.status, response.read().decode()
 
+    def operate(self, *arguments: str) -> None:
+        """Give an operator's order by the command line."""
+        command = [sys.executable, "-m", "taskd", *arguments, "--socket", str(self.data_dir / "admin.sock")]
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     # ---- a producer
+
+    def produce_to_kafka(self, address: str, *values: bytes, topic: str = TOPIC) -> None:
+        """Append to a topic of Kafka; durable when this returns."""
+
+        async def append() -> None:
+            async with aio.open_loop(), KafkaLog(address).open_writer() as writer:
+                answers = await writer.append([Outgoing(topic, value) for value in values])
+                assert not [answer for answer in answers if isinstance(answer, Exception)], answers
+
+        trio.run(append)
 
     def produce(
         self,
@@ -242,6 +285,19 @@ class RunningBroker:
         assert isinstance(raw, bytes)
         return raw
 
+    def task_soon(self, application: str) -> bytes:
+        """The next activation, as soon as there is one."""
+        found: list[bytes | None] = []
+
+        def get() -> bool:
+            found.append(self.get_raw_task(application))
+            return found[-1] is not None
+
+        self.until(get)
+        raw = found[-1]
+        assert raw is not None
+        return raw
+
     def set_status(self, id_: str, status: int = consumer.COMPLETE, **more: Any) -> TaskActivation | None:
         request = SetTaskStatusRequest(id=id_, status=TaskActivationStatus(status), **more)
         reply = self.call(f"/{consumer.SERVICE}/SetTaskStatus", bytes(request))
@@ -264,6 +320,18 @@ class RunningBroker:
         (found,) = [record for record in self.records() if record.headers["taskd-id"] == id_]
         return found
 
+    def undecodable(self) -> list[Stored]:
+        return [letter for letter in self.records() if letter.headers["taskd-reason"] == "undecodable"]
+
+    def forget_commits(self, topic: str) -> None:
+        """Let the next broker read a topic from its beginning. Only once this one has ended."""
+        with _closing(apsw.Connection(str(self.data_dir / "log.sqlite"))) as db:
+            db.execute(
+                "UPDATE committed SET next_offset = 0 "
+                "WHERE partition_id IN (SELECT id FROM partition WHERE topic = ?)",
+                (topic,),
+            )
+
     def committed(self, topic: str = TOPIC) -> int:
         """The offset to read next, over all partitions."""
         with self._look("log.sqlite") as db:
@@ -279,6 +347,20 @@ class RunningBroker:
 
     def _look(self, file: str) -> Any:
         return _closing(apsw.Connection(str(self.data_dir / file), flags=apsw.SQLITE_OPEN_READONLY))
+
+
+@contextmanager
+def running_worker(broker: RunningBroker, **environment: str) -> Iterator[None]:
+    """A `taskd worker` process of this broker."""
+    command = [sys.executable, "-m", "taskd", "worker", "--broker", broker.rpc, "--slots", "1"]
+    process = subprocess.Popen(command, env=clean_environment(environment), process_group=0)
+    try:
+        yield
+        process.terminate()
+        assert process.wait(WITHIN_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Worker:
