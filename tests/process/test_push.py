@@ -7,6 +7,7 @@ import hmac
 import json
 import signal
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -171,6 +172,14 @@ async def open_push(folder: Path, worker_map: dict[str, str], **more: str) -> As
             yield Push(scene, client, broker)
 
 
+def ready(http: str) -> dict[str, dict[str, str]]:
+    """The parts of a broker that says it is ready; raises HTTPError when it is not."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"http://{http}/readyz", timeout=WITHIN_S) as page:
+        parts: dict[str, dict[str, str]] = json.load(page)["parts"]
+    return parts
+
+
 def at_most_once() -> RetryState:
     return RetryState(attempts=0, max_attempts=1, on_attempts_exceeded=2, at_most_once=True)
 
@@ -293,7 +302,7 @@ async def test_workers_that_are_away_and_applications_that_are_not_mapped(tmp_pa
         broker = scene.daemons.start(
             "broker", *arguments, "--rpc-port", str(scene.rpc_port), more=scene._settings
         )
-        await broker.said("broker listens")
+        listens = await broker.said("broker listens")
         async with (
             connect(scene.address, Access(Secrets([SECRET]))) as client,
             open_worker(port) as worker,
@@ -304,6 +313,8 @@ async def test_workers_that_are_away_and_applications_that_are_not_mapped(tmp_pa
             said = await broker.said("worker does not take pushes, trying again")
             assert said["worker"] == f"http://127.0.0.1:{nobody}"
             await push.becomes("unmapped-2", "parked")
+            parts = await trio.to_thread.run_sync(ready, listens["http"])
+            assert f"http://127.0.0.1:{nobody}" in parts["dispatch"]["reason"]
             assert (await push.look("away")).attempts == 0
             write({"shop": f"http://127.0.0.1:{nobody}", "bank": f"http://127.0.0.1:{port}"})
             broker.send(signal.SIGHUP)
