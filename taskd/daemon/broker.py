@@ -22,13 +22,14 @@ from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure, notify, reload, settings
 from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
+from taskd.daemon.locks import hold_data
 from taskd.daemon.logs import open_logs
 from taskd.daemon.pushing import parking_duty, push_dispatch
-from taskd.database import hold_lock
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
 from taskd.errors import StartupError
 from taskd.inflight.presence import Presence
+from taskd.inflight.quarantine import set_aside_if_damaged
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.log.base import Log
 from taskd.producer.service import LogService
@@ -41,13 +42,12 @@ from taskd.rpc.server import serve
 from taskd.telemetry import metrics
 from taskd.telemetry.logs import setup_logging
 from taskd.upkeep.duties import Upkeep
+from taskd.upkeep.evacuation import evacuation_duty
 from taskd.upkeep.publish import Publisher, Topics
 from taskd.upkeep.table import broker_duties
 from taskd.web.server import serve_http
 from taskd.wire import consumer
 
-LOCK_FILE = "broker.lock"  # one broker for each data folder
-STORE_FILE = "inflight.sqlite"
 FLUSH_WITHIN_S = 3.0  # for the batch in hand when feeding stops
 NAMED_AT_MOST = 20  # ids named when a drain leaves some
 
@@ -73,7 +73,7 @@ async def run_broker(
     """
     clock = SystemClock()
     metrics.asyncio_errors_from(lambda: aio.unhandled_errors)
-    with hold_lock(config.data_dir / LOCK_FILE):
+    with hold_data(config):
         async with aio.open_loop():
             await _run_locked(config, clock, stop, reloads, task_status)
 
@@ -85,19 +85,28 @@ async def _run_locked(
     reloads: reload.Reloads[BrokerConfig] | None,
     task_status: trio.TaskStatus[BrokerAddresses],
 ) -> None:
+    damaged = set_aside_if_damaged(settings.store_path(config), config.store.integrity_check, clock.now())
     async with (
         open_logs(config, clock) as activation_logs,
         open_inflight(
-            config.data_dir / STORE_FILE, clock, settings.policy(config), on_batch=measure.committed
+            settings.store_path(config), clock, settings.policy(config), on_batch=measure.committed
         ) as inflight,
     ):
+        if damaged is not None:
+            inflight.notice = f"began anew, the damaged file is {damaged}: run `taskd recover`"
         broker = Broker(config, clock, activation_logs, inflight)
         await broker.run(stop, reloads, task_status)
 
 
 class Broker:
     def __init__(
-        self, config: BrokerConfig, clock: Clock, activation_logs: Mapping[str, Log], inflight: Inflight
+        self,
+        config: BrokerConfig,
+        clock: Clock,
+        activation_logs: Mapping[str, Log],
+        inflight: Inflight,
+        *,
+        evacuates: bool = False,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -105,13 +114,13 @@ class Broker:
         self._draining = trio.Event()
         self._secrets = revealed(config.rpc.secrets)
         self._tls = server_tls(config.rpc)
-        self._feeding = Feeding(config, clock, activation_logs, inflight)
+        self._feeding = Feeding(config, clock, activation_logs, inflight, reads=not evacuates)
         presence = Presence(clock)
         publisher = Publisher(
             inflight,
             self._feeding.append,
             clock,
-            Topics(config.log.deadletter_topic, config.log.retries_to),
+            Topics(config.log.deadletter_topic, config.log.retries_to, frozenset(settings.raw_tasks(config))),
             limit=config.upkeep.max_rows_per_round,
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
         )
@@ -120,8 +129,11 @@ class Broker:
         )
         self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets)
         duties.append(parking_duty(config, inflight, self._push))
+        if evacuates:
+            self._draining.set()
+            duties.append(evacuation_duty(inflight, config.upkeep.max_rows_per_round))
         self._upkeep = Upkeep(duties, clock)
-        self._health = BrokerHealth(clock, self._upkeep, self._feeding, self._draining, self._push)
+        self._health = BrokerHealth(clock, self._upkeep, self._feeding, inflight, self._draining, self._push)
         self._unary = UnaryDispatch(inflight, self._draining, hands_out=self._push is None)
         self._stream = StreamDispatch(
             inflight,

@@ -32,8 +32,15 @@ class Feeding:
     """
 
     def __init__(
-        self, config: BrokerConfig, clock: Clock, activation_logs: Mapping[str, Log], inflight: Inflight
+        self,
+        config: BrokerConfig,
+        clock: Clock,
+        activation_logs: Mapping[str, Log],
+        inflight: Inflight,
+        *,
+        reads: bool = True,
     ) -> None:
+        self._reads = reads
         self.reader: Reader | None = None
         self.ingest: Ingest | None = None
         self.ended = trio.Event()
@@ -58,7 +65,8 @@ class Feeding:
                     for place, log in self._logs.items()
                 }
                 self._writer = SeveralWriters(writers, logs.place_of(self._config))
-                await self._ingest()
+                if self._reads:
+                    await self._ingest()
                 await trio.sleep_forever()
         finally:
             self._writer = None

@@ -9,6 +9,7 @@ import trio
 from taskd.clock import Clock
 from taskd.daemon.feeding import Feeding
 from taskd.dispatch.push import PushDispatch
+from taskd.inflight.writer import Inflight
 from taskd.upkeep.duties import Upkeep
 from taskd.web.health import PartHealth
 
@@ -23,6 +24,7 @@ class BrokerHealth:
         clock: Clock,
         upkeep: Upkeep,
         feeding: Feeding,
+        inflight: Inflight,
         draining: trio.Event,
         push: PushDispatch | None = None,
     ) -> None:
@@ -30,12 +32,14 @@ class BrokerHealth:
         self._clock = clock
         self._upkeep = upkeep
         self._feeding = feeding
+        self._inflight = inflight
         self._draining = draining
 
     def parts(self) -> Mapping[str, PartHealth]:
         return {
             "log": self._log(),
             "ingest": self._ingest(),
+            "store": self._store(),
             "upkeep": self._duties(),
             "dispatch": self._dispatch(),
         }
@@ -64,6 +68,10 @@ class BrokerHealth:
             return PartHealth(False, "stopping")
         # Workers that do not take pushes are their own trouble: the broker serves the others.
         return PartHealth(True, "; ".join(self._push.troubles() if self._push is not None else ()))
+
+    def _store(self) -> PartHealth:
+        trouble = self._inflight.trouble
+        return PartHealth(not trouble, f"takes nothing: {trouble}" if trouble else self._inflight.notice)
 
     def _log(self) -> PartHealth:
         reader = self._feeding.reader

@@ -1,0 +1,221 @@
+"""The store's care with real processes: SQL of operators, damage, a full disk, backups, evacuation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from daemons import Daemon, Daemons, free_port, open_daemons
+
+from taskd.testing.kafka import open_local_kafka
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+SQL = """
+import sqlite3, sys
+db = sqlite3.connect("file:" + sys.argv[1] + "?mode=ro", uri=True)
+for row in db.execute("SELECT id, status, namespace, taskname, application FROM inflight_taskactivations"):
+    print(*row, sep="|")
+"""
+
+
+class Broker:
+    def __init__(self, daemons: Daemons, folder: Path, **settings: Any) -> None:
+        self.daemons = daemons
+        self.folder = folder
+        self.port = free_port()
+        self.http_port = free_port()
+        self.file = folder / f"broker-{self.port}.yaml"
+        self.file.write_text(
+            json.dumps(
+                {
+                    "data_dir": str(folder / "data"),
+                    "rpc": {"port": self.port},
+                    "http": {"port": self.http_port},
+                    "log_level": "debug",  # a line for each transition
+                    **settings,
+                }
+            )
+        )
+
+    async def started(self) -> Daemon:
+        daemon = self.daemons.start("broker", "--config", str(self.file))
+        await daemon.said("broker listens")
+        return daemon
+
+    async def submit(self, kwargs: str = '{"a": 1, "b": 2}') -> str:
+        """The id of one call that nobody runs."""
+        file = self.folder / "kwargs.jsonl"
+        file.write_text(kwargs + "\n")
+        said = await self.run("submit", "demo:add", "--broker", f"127.0.0.1:{self.port}", "--file", str(file))
+        return said.split()[-1]
+
+    async def run(self, *arguments: str, code: int = 0) -> str:
+        command = self.daemons.start(*arguments)
+        assert await command.ended() == code, command.tail()
+        return command.tail()
+
+    async def ready(self) -> dict[str, Any]:
+        def ask() -> dict[str, Any]:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/readyz") as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as answer:
+                with answer:
+                    return json.load(answer)
+
+        return await trio.to_thread.run_sync(ask)
+
+    def rows(self, store: Path | None = None) -> list[str]:
+        """What another process with the system's SQLite reads."""
+        path = str(store or self.folder / "data" / "inflight.sqlite")
+        return subprocess.run(
+            [sys.executable, "-c", SQL, path], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+
+def files_of(folder: Path) -> list[str]:
+    return [str(path) for path in folder.iterdir()]
+
+
+async def moved(daemon: Daemon, id_: str, event: str) -> None:
+    """Wait until this happened to an activation; the broker's log at level debug says so."""
+    with trio.fail_after(30):
+        while not any((e["id"], e["by"]) == (id_, event) for e in daemon.entries("transition")):
+            daemon._news = trio.Event()
+            await daemon._news.wait()
+
+
+async def test_operators_read_the_view_while_the_broker_runs(tmp_path: Path) -> None:
+    async with open_daemons(tmp_path) as daemons:
+        broker = Broker(daemons, tmp_path, store={"path": str(tmp_path / "elsewhere" / "store.db")})
+        store = tmp_path / "elsewhere" / "store.db"
+        daemon = await broker.started()
+        assert broker.rows(store) == []
+        id_ = await broker.submit()
+        await moved(daemon, id_, "arrived")
+        assert broker.rows(store) == [f"{id_}|Pending|demo|add|"]
+        # A second broker with another data_dir must not share the store.
+        other = Broker(daemons, tmp_path, store={"path": str(store)}, data_dir=str(tmp_path / "other"))
+        said = await other.run("broker", "--config", str(other.file), code=75)
+        assert "belongs to another running broker" in said
+        assert await daemon.stopped() == 0
+        assert broker.rows(store) == [f"{id_}|Pending|demo|add|"]
+
+
+async def test_a_damaged_store_is_recovered(tmp_path: Path) -> None:
+    async with open_daemons(tmp_path) as daemons:
+        broker = Broker(daemons, tmp_path)
+        store = tmp_path / "data" / "inflight.sqlite"
+        daemon = await broker.started()
+        ids = [await broker.submit() for _ in range(2)]
+        for id_ in ids:
+            await moved(daemon, id_, "arrived")
+        assert await daemon.stopped() == 0
+        store.write_bytes(b"\xff" * 50_000)
+        daemon = await broker.started()
+        (told,) = [entry for entry in daemon.entries() if entry["level"] == "critical"]
+        assert "taskd recover" in told["message"]
+        assert told["file"] in files_of(tmp_path / "data")
+        assert "taskd recover" in (await broker.ready())["parts"]["store"]["reason"]
+        assert broker.rows() == []
+        refused = await broker.run("recover", "--config", str(broker.file), "--from-time", "1h", code=75)
+        assert "belongs to another running broker" in refused
+        assert await daemon.stopped() == 0
+        said = await broker.run("recover", "--config", str(broker.file), "--from-time", "1h")
+        assert "taskd/0: reads again from 0, 2 records" in said
+        daemon = await broker.started()
+        for id_ in ids:
+            await moved(daemon, id_, "arrived")
+        assert sorted(row.split("|")[0] for row in broker.rows()) == sorted(ids)
+        assert (await broker.ready())["parts"]["store"] == {"ok": True, "reason": ""}
+
+
+async def test_a_backup_of_a_running_broker_is_put_back(tmp_path: Path) -> None:
+    async with open_daemons(tmp_path) as daemons:
+        broker = Broker(daemons, tmp_path)
+        daemon = await broker.started()
+        before = await broker.submit()
+        await moved(daemon, before, "arrived")
+        await broker.run("backup", "--config", str(broker.file), str(tmp_path / "copy"))
+        after = await broker.submit()
+        await moved(daemon, after, "arrived")
+        await broker.run("restore", "--config", str(broker.file), str(tmp_path / "copy"), code=75)
+        assert await daemon.stopped() == 0
+        await broker.run("restore", "--config", str(broker.file), str(tmp_path / "copy"), code=73)
+        said = await broker.run("restore", "--config", str(broker.file), str(tmp_path / "copy"), "--replace")
+        assert "what was there is now" in said
+        daemon = await broker.started()
+        assert [row.split("|")[0] for row in broker.rows()] == [before]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounting = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounting.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs here: {mounting.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+async def test_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
+    async with open_daemons(tmp_path) as daemons:
+        broker = Broker(daemons, tmp_path, store={"path": str(small_disk / "store.sqlite")})
+        daemon = await broker.started()
+        first = await broker.submit()
+        await moved(daemon, first, "arrived")
+        ballast = small_disk / "ballast"
+        room = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        ballast.write_bytes(b"x" * (room - 100_000))
+        second = await broker.submit(json.dumps({"a": "x" * 1_000_000, "b": 2}))
+        told = await daemon.said("store failed, trying again")
+        assert "FullError" in told["error"] or "full" in told["error"]
+        ready = await broker.ready()
+        assert ready["status"] != "ready"
+        assert ready["parts"]["store"] == {"ok": False, "reason": "takes nothing: the disk is full"}
+        assert [row.split("|")[0] for row in broker.rows(small_disk / "store.sqlite")] == [first]
+        ballast.unlink()
+        await daemon.said("the store takes rows again")
+        await moved(daemon, second, "arrived")
+        assert (await broker.ready())["parts"]["store"] == {"ok": True, "reason": ""}
+        assert await daemon.stopped() == 0
+
+
+@pytest.mark.kafka
+async def test_a_broker_is_evacuated(tmp_path: Path) -> None:
+    with open_local_kafka() as address:
+        async with open_daemons(tmp_path, {"TASKD_LOG": "kafka", "TASKD_KAFKA": address}) as daemons:
+            log = {"kind": "kafka", "clusters": {"default": {"address": address}}}
+            (tmp_path / "old").mkdir()
+            (tmp_path / "new").mkdir()
+            old = Broker(daemons, tmp_path / "old", log=log)
+            daemon = await old.started()
+            waits = await old.submit()
+            await moved(daemon, waits, "arrived")
+            assert await daemon.stopped() == 0
+            said = await old.run("evacuate", "--config", str(old.file), "--grace", "20")
+            assert "the store is empty" in said
+            assert old.rows() == []
+            new = Broker(daemons, tmp_path / "new", log=log)
+            daemon = await new.started()
+            await moved(daemon, waits, "arrived")
+            assert [row.split("|")[0] for row in new.rows()] == [waits]
