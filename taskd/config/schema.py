@@ -418,7 +418,7 @@ class BrokerConfig(Section):
     switches: SwitchesSection = SwitchesSection()
     admin: AdminSection = AdminSection()
     drain_grace_s: GraceSeconds = Field(
-        default=10, description="how long to wait for running work when stopping"
+        default=8, description="how long to wait for running work when stopping; closing takes a second more"
     )
     max_request_bytes: PositiveInt = Field(default=10 * 1024 * 1024, description="largest RPC request")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -39,6 +39,17 @@ async def test_reading_pauses_at_the_limit_says_why_and_goes_on(
         assert broker.ingest.paused == {}
 
 
+async def test_a_batch_closes_as_soon_as_nothing_more_is_ready(autojump_clock: Clock, broker: Broker) -> None:
+    await broker.settle()
+    began = trio.current_time()
+    for number in range(3):
+        await broker.produce(broker.activation(f"id{number}"))
+        await broker.settle()
+        assert broker.inflight.counts()[Status.PENDING] == number + 1
+    assert await broker.committed() == 3
+    assert trio.current_time() == began
+
+
 async def test_too_much_handed_out_pauses_reading(
     autojump_clock: Clock, tmp_path: Path, open_broker: Any
 ) -> None:
