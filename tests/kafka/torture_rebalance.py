@@ -36,6 +36,7 @@ from taskd.log.kafka import KafkaLog
 from taskd.producer.build import build
 from taskd.tasks.outbox import Call
 
+START_WITHIN_S = 60.0
 EXIT_WITHIN_S = 10.0  # after SIGINT, also in the middle of a rebalance
 SETTLE_WITHIN_S = 180.0
 LOOK_EVERY_S = 0.5
@@ -44,7 +45,7 @@ CHUNK = 500  # records appended at once
 
 @dataclass(frozen=True)
 class Plan:
-    """`pause_s`: from one start to the next SIGINT, at least and at most. `capacity`: rows of one store."""
+    """`pause_s`: from listening to the next SIGINT, at least and at most. `capacity`: rows of one store."""
 
     brokers: int = 8
     partitions: int = 32
@@ -99,6 +100,7 @@ class Broker:
         self._output = self._folder / "output"
         (self._folder / "broker.yaml").write_text(yaml.safe_dump(config))
         self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
         self.exits: Counter[int] = Counter()
         self.slowest_exit_s = 0.0
 
@@ -108,6 +110,7 @@ class Broker:
 
     def start(self) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("TASKD_")}
+        self._starts += 1
         with self._output.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "taskd", "broker", "--config", "broker.yaml"],
@@ -118,6 +121,15 @@ class Broker:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    async def listens(self) -> None:
+        """Wait until it is up: a signal that comes while Python still imports has nobody to take it."""
+        deadline = trio.current_time() + START_WITHIN_S
+        while trio.current_time() < deadline:
+            if sum(entry.get("message") == "broker listens" for entry in self.log()) == self._starts:
+                return
+            await trio.sleep(0.1)
+        raise TimeoutError(f"broker {self.number} did not listen within {START_WITHIN_S:g} s")
 
     async def interrupt(self) -> None:
         if self._process is None:
@@ -241,9 +253,11 @@ async def _run(
 async def _restart(broker: Broker, plan: Plan, rng: random.Random) -> None:
     broker.start()
     for _ in range(plan.restarts):
+        await broker.listens()
         await trio.sleep(rng.uniform(*plan.pause_s))
         await broker.interrupt()
         broker.start()
+    await broker.listens()
 
 
 async def _settle(plan: Plan, brokers: list[Broker]) -> None:

@@ -80,10 +80,9 @@ class KafkaReader:
     async def _answers(self, consumer: AIOKafkaConsumer) -> bool:
         with trio.move_on_after(PROBE_EVERY_S):
             try:
-                await aio.call(consumer.committed, TopicPartition(self._topics[0], 0))
+                return await aio.call(_refresh, consumer)
             except FOREIGN:
                 return False
-            return True
         return False
 
     def _set_healthy(self, healthy: bool) -> None:
@@ -289,6 +288,11 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         self._reader.given(assigned)
+
+
+async def _refresh(consumer: AIOKafkaConsumer) -> bool:
+    """Ask for the topics' metadata: on the coordinator's connection, any question waits behind a join."""
+    return bool(await consumer._client.force_metadata_update())
 
 
 async def _subscribe(consumer: AIOKafkaConsumer, topics: list[str], listener: _Listener) -> None:
