@@ -100,16 +100,18 @@ class EmbeddedLogSection(Section):
     )
 
 
+SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+
+
 class ClusterSection(Section):
     """A Kafka cluster, when `log.kind` is kafka."""
 
     address: str = Field(
         default="127.0.0.1:9092", min_length=1, description="bootstrap servers, host:port, comma separated"
     )
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        default="PLAINTEXT", description="how to connect"
-    )
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+    security_protocol: SecurityProtocol = Field(default="PLAINTEXT", description="how to connect")
+    sasl_mechanism: SaslMechanism = Field(
         default="PLAIN", description="how to log in, with a security protocol that begins with SASL"
     )
     sasl_username: str | None = Field(default=None, description="user to log in as")
@@ -124,11 +126,18 @@ class ClusterSection(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> ClusterSection:
-        if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
-            raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
-        if bool(self.ssl_certificate_location) != bool(self.ssl_key_location):
-            raise ValueError("give both ssl_certificate_location and ssl_key_location, or none")
+        if self.incomplete:
+            raise ValueError(self.incomplete)
         return self
+
+    @property
+    def incomplete(self) -> str:
+        """What is missing, in words; empty when nothing is."""
+        if self.security_protocol.startswith("SASL") and not (self.sasl_username and self.sasl_password):
+            return f"{self.security_protocol} needs sasl_username and sasl_password"
+        if bool(self.ssl_certificate_location) != bool(self.ssl_key_location):
+            return "give both ssl_certificate_location and ssl_key_location, or none"
+        return ""
 
 
 class RawSection(Section):
@@ -505,5 +514,40 @@ class ProducerConfig(Section):
     )
     tls_key: Path | None = Field(default=None, description="PEM file of its private key")
     kafka: str = Field(default="127.0.0.1:9092", description="bootstrap servers of the Kafka cluster")
+    kafka_security_protocol: SecurityProtocol = Field(
+        default="PLAINTEXT", description="how to connect to Kafka"
+    )
+    kafka_sasl_mechanism: SaslMechanism = Field(default="PLAIN", description="how to log in to Kafka")
+    kafka_sasl_username: str | None = Field(default=None, description="user to log in to Kafka as")
+    kafka_sasl_password: SecretStr | None = Field(default=None, description="that user's password")
+    kafka_ssl_ca_location: Path | None = Field(
+        default=None, description="PEM file of who signs Kafka's certificates; default: the system's"
+    )
+    kafka_ssl_certificate_location: Path | None = Field(
+        default=None, description="PEM file of our certificate, when Kafka asks for one"
+    )
+    kafka_ssl_key_location: Path | None = Field(
+        default=None, description="PEM file of that certificate's key"
+    )
     topic: str = Field(default="taskd", min_length=1, description="topic of namespaces that name none")
     timeout_s: PositiveSeconds = Field(default=10, description="longest wait for an append to be durable")
+
+    @property
+    def cluster(self) -> ClusterSection:
+        """The Kafka cluster in the broker's terms."""
+        return ClusterSection.model_construct(
+            address=self.kafka,
+            security_protocol=self.kafka_security_protocol,
+            sasl_mechanism=self.kafka_sasl_mechanism,
+            sasl_username=self.kafka_sasl_username,
+            sasl_password=self.kafka_sasl_password,
+            ssl_ca_location=self.kafka_ssl_ca_location,
+            ssl_certificate_location=self.kafka_ssl_certificate_location,
+            ssl_key_location=self.kafka_ssl_key_location,
+        )
+
+    @model_validator(mode="after")
+    def _cluster_is_complete(self) -> ProducerConfig:
+        if self.cluster.incomplete:
+            raise ValueError(f"for Kafka: {self.cluster.incomplete} (TASKD_KAFKA_SASL_USERNAME and the like)")
+        return self

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from taskd.clock import Clock
-from taskd.config.schema import BrokerConfig, ClusterSection
+from taskd.config.schema import BrokerConfig
 from taskd.log.base import Log, Reader
 from taskd.log.embedded import open_embedded
 from taskd.log.kafka import KafkaLog, Security
@@ -100,21 +100,11 @@ async def open_logs(config: BrokerConfig, clock: Clock) -> AsyncIterator[Mapping
         yield {
             name: KafkaLog(
                 log.clusters[name].address,
-                security=security_of(log.clusters[name]),
+                security=Security.of(log.clusters[name]),
                 max_message_bytes=log.max_record_bytes,
             )
             for name in sorted(used)
         }
 
 
-def security_of(cluster: ClusterSection) -> Security:
-    password = cluster.sasl_password
-    return Security(
-        protocol=cluster.security_protocol,
-        mechanism=cluster.sasl_mechanism,
-        username=cluster.sasl_username,
-        password=None if password is None else password.get_secret_value(),
-        ca=cluster.ssl_ca_location,
-        certificate=cluster.ssl_certificate_location,
-        key=cluster.ssl_key_location,
-    )
+security_of = Security.of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from taskd.config.schema import ProducerConfig
 from taskd.errors import LogUnavailable, PeerError, Refused, Undecodable
 from taskd.log.base import Outgoing, Partition, Position, Rejected, Writer
-from taskd.log.kafka import KafkaLog
+from taskd.log.kafka import KafkaLog, Security
 from taskd.rpc import client
 from taskd.rpc.access import Access, producer_access
 from taskd.wire.protobuf import bytes_field, fields, text_field
@@ -31,12 +31,15 @@ class Destination:
 
 
 def destination(config: ProducerConfig) -> Destination:
-    """Where `config` says records go; opens nothing yet. Raises StartupError when TLS cannot be used."""
+    """Where `config` says records go; opens nothing yet.
+
+    Raises StartupError or ConfigError when TLS cannot be used.
+    """
     if config.log == "kafka":
         return Destination(
             name=f"Kafka at {config.kafka}",
             advice="Check that it can be reached; TASKD_KAFKA or taskd.configure(kafka=...) names it",
-            open_writer=KafkaLog(bootstrap=config.kafka).open_writer,
+            open_writer=KafkaLog(config.kafka, security=Security.of(config.cluster)).open_writer,
         )
     access = producer_access(config)
     return Destination(

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from taskd.config.loader import load_broker_config
+from taskd.config.loader import load_broker_config, load_producer_config
 from taskd.config.schema import LogSection
+from taskd.errors import ConfigError
+from taskd.log.kafka import Security
 
 RAW = {"namespace": "n", "application": "a", "taskname": "t", "processing_deadline_s": 10}
 
@@ -112,3 +114,18 @@ def test_a_password_is_not_shown_and_comes_from_the_environment():
     assert "hush" not in repr(cluster)
     assert cluster.sasl_password is not None
     assert cluster.sasl_password.get_secret_value() == "hush"
+
+
+def test_producers_log_in_too():
+    environ = {
+        "TASKD_LOG": "kafka",
+        "TASKD_KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+        "TASKD_KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
+        "TASKD_KAFKA_SASL_USERNAME": "taskd",
+    }
+    with pytest.raises(ConfigError, match="SASL_PLAINTEXT needs sasl_username and sasl_password"):
+        load_producer_config({}, environ)
+    config = load_producer_config({}, environ | {"TASKD_KAFKA_SASL_PASSWORD": "hush"})
+    security = Security.of(config.cluster)
+    assert (security.mechanism, security.username, security.password) == ("SCRAM-SHA-512", "taskd", "hush")
+    assert "hush" not in repr(security) + repr(config)

@@ -13,6 +13,7 @@ from taskd import aio  # isort: skip  # before aiokafka: it replaces functions o
 
 from aiokafka import AIOKafkaProducer, errors
 
+from taskd.config.schema import ClusterSection
 from taskd.errors import ConfigError
 
 REQUEST_WITHIN_MS = 10_000
@@ -32,6 +33,19 @@ class Security:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+
+    @classmethod
+    def of(cls, cluster: ClusterSection) -> Security:
+        password = cluster.sasl_password
+        return cls(
+            protocol=cluster.security_protocol,
+            mechanism=cluster.sasl_mechanism,
+            username=cluster.sasl_username,
+            password=None if password is None else password.get_secret_value(),
+            ca=cluster.ssl_ca_location,
+            certificate=cluster.ssl_certificate_location,
+            key=cluster.ssl_key_location,
+        )
 
     def settings(self) -> dict[str, Any]:
         """What aiokafka's clients are told. Raises ConfigError when a file cannot be used."""
