@@ -24,6 +24,7 @@ from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
 from taskd.daemon.locks import hold_data
 from taskd.daemon.logs import open_logs
+from taskd.daemon.operators import Operators
 from taskd.daemon.pushing import parking_duty, push_dispatch
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
@@ -129,6 +130,8 @@ class Broker:
         )
         self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets)
         duties.append(parking_duty(config, inflight, self._push))
+        self._operators = Operators(config, clock, inflight, activation_logs, self._feeding.append)
+        duties += self._operators.duties
         if evacuates:
             self._draining.set()
             duties.append(evacuation_duty(inflight, config.upkeep.max_rows_per_round))
@@ -159,7 +162,7 @@ class Broker:
                 rpc.host,
                 rpc.port,
                 max_request_bytes=self._config.max_request_bytes,
-                guard=server_guard(self._secrets, self._clock),
+                guard=server_guard(self._secrets, self._clock, self._operators.rpc_secrets),
                 tls=self._tls,
                 keepalive=Keepalive(time_s=rpc.keepalive_s),
                 max_connections=rpc.max_connections,
@@ -169,6 +172,7 @@ class Broker:
             http_port = await serving.start(
                 partial(serve_http, tls=http_tls(http)), http.host, http.port, self._health
             )
+            await serving.start(self._operators.run)
             serving.start_soon(self._upkeep.run)
             serving.start_soon(measure.watch_loop)
             serving.start_soon(measure.keep_gauges, self._inflight, lambda: self._feeding.reader)
@@ -196,6 +200,7 @@ class Broker:
         """Let this configuration hold from now on, in what can change while running."""
         was, self._config = self._config, config
         self._inflight.set_policy(settings.policy(config))
+        self._operators.reload()
         self._feeding.set_config(config)
         self._secrets.replace(revealed(config.rpc.secrets))
         self._renew_certificate()
@@ -223,6 +228,7 @@ class Broker:
             **self._unary.services,
             **self._stream.services,
             **Inspect(self._inflight).services,
+            **self._operators.rpc_services,
             **health_services(lambda name: known[name]() if name in known else None),
         }
         if self._config.log.kind == "embedded":

@@ -23,7 +23,8 @@ REASONS = ("pending", "delayed", "processing", "size", "application", "overflow"
 
 def full(counts: Counter[Status], size_bytes: int, limits: Limits) -> dict[str, str]:
     """Why nothing more may be read, by reason; empty when reading may go on."""
-    waiting = counts[Status.PENDING] + counts[Status.PARKED]
+    # What is to be forwarded waits too: its topic may be out of reach.
+    waiting = counts[Status.PENDING] + counts[Status.PARKED] + counts[Status.FORWARDED]
     held = counts[Status.PROCESSING] + counts[Status.CLAIMED]
     reasons = {}
     if waiting >= limits.max_pending_count:
@@ -41,7 +42,7 @@ def full(counts: Counter[Status], size_bytes: int, limits: Limits) -> dict[str, 
 
 def room(counts: Counter[Status], limits: Limits) -> int:
     """How many records may be read without passing a limit, if none of them is delayed; at least 1."""
-    waiting = counts[Status.PENDING] + counts[Status.PARKED]
+    waiting = counts[Status.PENDING] + counts[Status.PARKED] + counts[Status.FORWARDED]
     return max(min(limits.max_pending_count - waiting, limits.max_delay_count), 1)
 
 

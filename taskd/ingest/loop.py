@@ -210,6 +210,8 @@ class Ingest:
             ("duplicate", inserted.duplicate),
             ("expired", inserted.expired),
             ("undecodable", inserted.undecodable),
+            ("dropped", inserted.dropped),
+            ("forwarded", inserted.forwarded),
         ):
             if count:
                 metrics.ingest_records.labels(topic, result).inc(count)
