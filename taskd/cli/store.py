@@ -11,6 +11,8 @@ import typer
 from taskd.cli import flags
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from taskd.config.schema import BrokerConfig
     from taskd.daemon.recover import Recovered
     from taskd.inflight.base import Left
@@ -65,11 +67,10 @@ def restore(
     for name in done.manifest.files:
         typer.echo(f"restored {name}")
     if done.manifest.log == "kafka":
-        _explain_offsets(done.manifest.offsets)
+        explain_offsets(done.manifest.offsets)
 
 
-def _explain_offsets(offsets: object) -> None:
-    assert isinstance(offsets, dict)
+def explain_offsets(offsets: Mapping[str, int]) -> None:
     places = " ".join(f"--from-offset {place}={offset}" for place, offset in offsets.items())
     typer.echo(
         "Kafka keeps the group's offsets, and they were left alone. What the broker read after this backup "

@@ -9,6 +9,7 @@ import structlog
 
 from taskd.activation.lifecycle import Status
 from taskd.clock import Clock
+from taskd.errors import StoreError
 from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight
 from taskd.upkeep.duties import Duty
@@ -95,8 +96,16 @@ def broker_duties(
             )
         return await inflight.shrink(VACUUM_PAGES)
 
+    told = ""
+
     async def resume() -> int:
-        await inflight.probe()
+        nonlocal told
+        try:
+            await inflight.probe()
+        except StoreError as error:
+            if told != inflight.trouble:
+                log.error("the store takes nothing, looking again every round", reason=str(error))
+        told = inflight.trouble
         return 0
 
     def every_s() -> float:

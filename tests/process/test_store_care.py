@@ -16,7 +16,11 @@ import pytest
 import trio
 from daemons import Daemon, Daemons, free_port, open_daemons
 
+from taskd import aio
+from taskd.rpc.client import connect
 from taskd.testing.kafka import open_local_kafka
+from taskd.wire.consumer import COMPLETE, SERVICE
+from taskd.wire.generated.sentry_protos.taskbroker.v1 import SetTaskStatusRequest, TaskActivationStatus
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -63,6 +67,10 @@ class Broker:
         command = self.daemons.start(*arguments)
         assert await command.ended() == code, command.tail()
         return command.tail()
+
+    async def ask(self, method: str, request: bytes) -> bytes:
+        async with aio.open_loop(), connect(f"127.0.0.1:{self.port}") as client:
+            return await client.call(f"/{SERVICE}/{method}", request, timeout_s=10)
 
     async def ready(self) -> dict[str, Any]:
         def ask() -> dict[str, Any]:
@@ -207,13 +215,24 @@ async def test_a_broker_is_evacuated(tmp_path: Path) -> None:
             log = {"kind": "kafka", "clusters": {"default": {"address": address}}}
             (tmp_path / "old").mkdir()
             (tmp_path / "new").mkdir()
-            old = Broker(daemons, tmp_path / "old", log=log)
+            old = Broker(daemons, tmp_path / "old", log=log, drain_grace_s=0.2)
             daemon = await old.started()
+            held = await old.submit()
+            await moved(daemon, held, "arrived")
+            assert held.encode() in await old.ask("GetTask", b"")  # a worker has it
             waits = await old.submit()
             await moved(daemon, waits, "arrived")
             assert await daemon.stopped() == 0
-            said = await old.run("evacuate", "--config", str(old.file), "--grace", "20")
-            assert "the store is empty" in said
+            left = await old.run("evacuate", "--config", str(old.file), "--grace", "1", code=1)
+            assert f"{held} is processing" in left
+            assert [row.split("|")[0] for row in old.rows()] == [held]
+            evacuation = daemons.start("evacuate", "--config", str(old.file), "--grace", "30")
+            await evacuation.said("broker listens")
+            await old.ask(
+                "SetTaskStatus", bytes(SetTaskStatusRequest(id=held, status=TaskActivationStatus(COMPLETE)))
+            )
+            assert await evacuation.ended() == 0
+            assert evacuation.lines[-1] == "the store is empty"
             assert old.rows() == []
             new = Broker(daemons, tmp_path / "new", log=log)
             daemon = await new.started()

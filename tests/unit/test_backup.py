@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from taskd.activation.lifecycle import Status
-from taskd.cli.store import parse_time, summary
+from taskd.cli.store import explain_offsets, parse_time, summary
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import backup as backups
 from taskd.daemon import recover as recovery
@@ -294,6 +294,20 @@ def test_a_summary_says_what_to_do_next() -> None:
         "taskd/0: nothing was committed yet",
     ]
     assert "run this again with --from-time" in summary(Recovered(done.salvaged), rewinds=False)[-1]
+
+
+async def test_a_backup_over_kafka_says_how_to_read_on(
+    config: BrokerConfig, clock: FixedClock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kafka = config.model_copy(update={"log": config.log.model_copy(update={"kind": "kafka"})})
+    async with open_inflight(config.data_dir / "inflight.sqlite", clock, Policy(), inline=True) as store:
+        await store.insert([arrival("a", 41), arrival("b", 40)])
+        manifest = back_up(kafka, tmp_path / "copy", clock)
+    assert manifest.offsets == {"taskd/0": 42}
+    assert set(manifest.files) == {"inflight.sqlite"}
+    explain_offsets(manifest.offsets)
+    assert "taskd recover --config FILE --from-offset taskd/0=42" in capsys.readouterr().out
+    assert restore(kafka, tmp_path / "copy", clock, replace=True).manifest == manifest
 
 
 async def test_an_embedded_log_is_not_evacuated(config: BrokerConfig) -> None:
