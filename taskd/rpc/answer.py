@@ -24,7 +24,6 @@ log = structlog.get_logger("taskd.rpc")
 UNDELIVERED_S = 10.0
 MESSAGE_CHARS = 1000  # other implementations take 8 KiB of headers in all
 TIMEOUT_CHARS = 9  # the protocol allows eight digits and a unit
-OK_TAIL: Headers = [("grpc-status", "0")]
 PATH_CHARS = 200  # of a path that is told back
 CONTENT_TYPES = ("application/grpc", "application/grpc+proto")
 
@@ -192,8 +191,7 @@ class Call:
             )
         # A handler that finished behind a shield learns here that its caller did not wait.
         await trio.lowlevel.checkpoint_if_cancelled()
-        head = self._first_headers()
-        if self.exchange.reply(head, body, OK_TAIL):
+        if self.exchange.reply(self._headers.get("content-type", ""), body):
             self._headers_sent = True
             return
         self.send_first_headers()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import struct
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from grpclib.protocol import Connection
 from grpclib.protocol import Stream as GrpclibStream
 from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
+from h2.stream import StreamInputs
 from trio.lowlevel import ParkingLot
 
 from taskd.errors import PeerUnavailable
@@ -28,6 +30,38 @@ from taskd.rpc.inbox import PREFIX, Inbox
 
 if TYPE_CHECKING:
     from taskd.rpc.connection import Channel
+
+
+# An answer of status OK always has the same two blocks of headers. Encoded once, without the encoder's
+# memory, they save a fifth of the time that a small call takes.
+DATA, HEADERS = 0, 1
+END_STREAM, END_HEADERS = 1, 4
+WHOLE_ANSWER = (
+    StreamInputs.SEND_HEADERS,
+    StreamInputs.SEND_DATA,
+    StreamInputs.SEND_HEADERS,
+    StreamInputs.SEND_END_STREAM,
+)
+
+
+def _never_indexed(name: bytes, value: str) -> bytes:
+    """A header field by RFC 7541, 6.2.2: `name` is its encoded name; up to 126 bytes of value."""
+    return name + bytes([len(value)]) + value.encode()
+
+
+STATUS_200, CONTENT_TYPE = b"\x88", b"\x0f\x10"  # names in HPACK's static table
+OK_HEADS = {
+    kind: STATUS_200 + _never_indexed(CONTENT_TYPE, kind)
+    for kind in ("application/grpc", "application/grpc+proto")
+}
+OK_TAIL = _never_indexed(b"\x00\x0bgrpc-status", "0")
+
+
+def _frame_head(size: int, kind: int, flags: int, stream_id: int) -> bytes:
+    return FRAME_HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream_id)
+
+
+FRAME_HEAD = struct.Struct(">HBBBI")
 
 
 class Signal(asyncio.Event):
@@ -123,26 +157,43 @@ class Exchange(GrpclibStream):
                 return
             await self._room.park()
 
-    def reply(self, head: Headers, body: bytes, tail: Headers) -> bool:
-        """Write a whole answer at once, to be flushed with those of others; False when it must wait."""
+    def reply(self, content_type: str, body: bytes) -> bool:
+        """Write a whole answer of status OK, to be flushed with those of others; False when it must wait."""
         self.raise_if_gone()
         size = PREFIX.size + len(body)
         h2, connection = self._h2_connection, self.connection
-        if connection.is_closing() or self.id not in h2.streams:
+        stream = h2.streams.get(self.id)
+        if stream is None or connection.is_closing():
             raise PeerUnavailable(f"{connection.peer}: the stream is closed")
+        head = OK_HEADS.get(content_type)
         if (
-            not connection.write_ready.is_set()
+            head is None
+            or not self.buffer.ended
+            or not connection.write_ready.is_set()
             or size > h2.max_outbound_frame_size
             or size > self._window()
             or self._sending.locked()
+            or h2.encoder.header_table.resized  # which the next block from the encoder has to tell
         ):
             return False
         try:
-            h2.send_headers(self.id, head)
-            h2.send_data(self.id, PREFIX.pack(0, len(body)) + body)
-            h2.send_headers(self.id, tail, end_stream=True)
+            for step in WHOLE_ANSWER:
+                stream.state_machine.process_input(step)
         except H2Error as error:
             raise PeerUnavailable(f"{connection.peer}: the stream is closed") from error
+        stream.outbound_flow_control_window -= size
+        h2.outbound_flow_control_window -= size
+        h2._data_to_send += b"".join(
+            (
+                _frame_head(len(head), HEADERS, END_HEADERS, self.id),
+                head,
+                _frame_head(size, DATA, 0, self.id),
+                PREFIX.pack(0, len(body)),
+                body,
+                _frame_head(len(OK_TAIL), HEADERS, END_HEADERS | END_STREAM, self.id),
+                OK_TAIL,
+            )
+        )
         connection.flush_soon()
         connection.data_send_process()
         return True

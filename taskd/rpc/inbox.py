@@ -120,6 +120,11 @@ class Inbox(Buffer):
         self.arrived.unpark_all()
 
     @property
+    def ended(self) -> bool:
+        """The peer sends nothing more."""
+        return self._ended
+
+    @property
     def finished(self) -> bool:
         """The peer ended its side in order, and everything was taken."""
         return self._ended and not self._messages and self.fault is None
