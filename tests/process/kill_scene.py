@@ -100,22 +100,24 @@ class Scene:
     async def append(self, writer: Writer, batch: Sequence[tuple[Produced, Outgoing]]) -> None:
         """Append until each is acknowledged, as a producer that does not give up: the same bytes again."""
         waiting = list(batch)
-        while waiting:
-            self.books.appends += 1
-            answers = await writer.append([record for _, record in waiting])
-            self.books.produced += [
-                produced
-                for (produced, _), answer in zip(waiting, answers, strict=True)
-                if isinstance(answer, Position)
-            ]
-            waiting = [
-                pair
-                for pair, answer in zip(waiting, answers, strict=True)
-                if not isinstance(answer, Position)
-            ]
-            if waiting:
-                self.books.unanswered += 1
-                await trio.sleep(0.05)
+        with trio.move_on_after(SETTLE_WITHIN_S):
+            while waiting:
+                waiting = await self._append_once(writer, waiting)
+                if waiting:
+                    self.books.unanswered += 1
+                    await trio.sleep(0.05)
+        newest = self.daemons.all[-1]
+        assert not waiting, f"nobody takes records for {SETTLE_WITHIN_S:g} s; {newest}:\n{newest.tail()}"
+
+    async def _append_once(
+        self, writer: Writer, batch: Sequence[tuple[Produced, Outgoing]]
+    ) -> list[tuple[Produced, Outgoing]]:
+        """Book what is acknowledged; the rest is returned."""
+        self.books.appends += 1
+        answers = await writer.append([record for _, record in batch])
+        pairs = list(zip(batch, answers, strict=True))
+        self.books.produced += [made for (made, _), answer in pairs if isinstance(answer, Position)]
+        return [item for item, answer in pairs if not isinstance(answer, Position)]
 
     async def produce_these(self, *batch: tuple[Produced, Outgoing]) -> None:
         async with self._open_writer() as writer:
