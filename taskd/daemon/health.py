@@ -50,13 +50,15 @@ class BrokerHealth:
     def stuck(self) -> str:
         """What a restart may mend, in words: a part that neither gets on nor fails.
 
-        An outage elsewhere is none; so `publish`, which waits for the log, does not count.
+        An outage elsewhere is none; so duties that wait for the log do not count, nor does a full disk.
         """
+        if self._inflight.trouble:
+            return ""
         reader, ingest = self._feeding.reader, self._feeding.ingest
         found = {
-            duty.name: self._stuck(duty.last_progress_mono_ms)
+            duty.name: self._stuck(duty.last_progress_mono_ms, duty.every_s())
             for duty in self._upkeep.duties
-            if duty.name != "publish" and not duty.failing
+            if not duty.publishes and not duty.failing
         }
         reading = reader is not None and reader.healthy and not self._feeding.ended.is_set()
         if ingest is not None and reading and not ingest.failing:
@@ -94,10 +96,12 @@ class BrokerHealth:
         troubles = [
             f"{duty.name}: {trouble}"
             for duty in self._upkeep.duties
-            if (trouble := duty.failing or self._stuck(duty.last_progress_mono_ms))
+            if (trouble := duty.failing or self._stuck(duty.last_progress_mono_ms, duty.every_s()))
         ]
         return PartHealth(not troubles, "; ".join(troubles))
 
-    def _stuck(self, last_progress_mono_ms: int) -> str:
+    def _stuck(self, last_progress_mono_ms: int, rests_s: float = 0) -> str:
+        """In words; "" while it is within the time it may rest and be busy."""
         silent_ms = self._clock.now().mono_ms - last_progress_mono_ms
-        return f"no progress for {silent_ms // 1000} s" if silent_ms > STUCK_AFTER_MS else ""
+        allowed_ms = STUCK_AFTER_MS + rests_s * 1000
+        return f"no progress for {silent_ms // 1000} s" if silent_ms > allowed_ms else ""

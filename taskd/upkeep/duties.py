@@ -25,7 +25,8 @@ log = structlog.get_logger("taskd.upkeep")
 class Duty:
     """One entry of the table. `round` handles at most `limit` rows and returns how many it handled.
 
-    A round begins every `every_s()` seconds, and at once when `wake` is set.
+    A round begins every `every_s()` seconds, and at once when `wake` is set. One that `publishes` waits
+    for the log, which may be away for long.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Duty:
     limit: int
     every_s: Callable[[], float]
     wake: Wake | None = None
+    publishes: bool = False
     failing: str = ""
     last_progress_mono_ms: int = 0
 

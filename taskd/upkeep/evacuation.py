@@ -15,4 +15,4 @@ def evacuation_duty(inflight: Inflight, limit: int) -> Duty:
     async def send_away() -> int:
         return await inflight.forward_all(limit, REASON)
 
-    return Duty(REASON, send_away, limit, lambda: 1.0, inflight.watch(*WAITING))
+    return Duty(REASON, send_away, limit, lambda: 1.0, inflight.watch(*WAITING), publishes=True)
