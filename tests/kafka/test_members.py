@@ -120,9 +120,8 @@ async def test_kafka_killed_and_started_again_keeps_group_and_records(
                 nursery.cancel_scope.cancel()
     finally:
         await trio.to_thread.run_sync(manager.__exit__, None, None, None)
+    # Not each once: an append that was given up after 15 s was tried again by a new producer.
     assert {record.value for record in read} == {b"%d" % n for n in range(100)}
-    places = {(record.partition, record.offset) for record in read}
-    assert len(places) == 100  # the producer is idempotent: none was appended twice
 
 
 @pytest.mark.process
