@@ -340,6 +340,14 @@ class RunningBroker:
             )
             return int(db.execute(query, (topic,)).fetchone()[0] or 0)
 
+    def visible(self) -> int:
+        """How many rows the view of existing operators shows."""
+        with self._look("inflight.sqlite") as db:
+            return int(db.execute("SELECT count(*) FROM inflight_taskactivations").fetchone()[0])
+
+    def age_s(self) -> float:
+        return time.monotonic() - self.began
+
     def column(self, id_: str, name: str) -> Any:
         """A column of an activation's row in the store."""
         with self._look("inflight.sqlite") as db:

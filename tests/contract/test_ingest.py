@@ -261,15 +261,17 @@ def test_better_a_what_cannot_be_read_is_dead_lettered_at_full_speed(broker: Run
 
 
 def test_better_b_offsets_advance_when_everything_was_filtered(start_broker: Any, app: str) -> None:
-    """Expired, known and not readable: nothing of the second batch is stored."""
+    """Expired, known, killed and not readable: nothing of the second batch waits."""
     broker: RunningBroker = start_broker()
     known = broker.add(app)
+    broker.operate("killswitch", "add", "killed", "--reason", "a test")
     broker.produce(
+        activation(new_id(), app, taskname="killed"),
         activation(known, app),
         activation(new_id(), app, expires=1, received_at=ago(9)),
         b"\xff",
     )
-    broker.until(lambda: broker.committed() == 4)
+    broker.until(lambda: broker.committed() == 5)
 
 
 def test_better_e_one_application_cannot_stop_the_others(tight: RunningBroker, app: str) -> None:

@@ -164,6 +164,19 @@ def test_pending_and_delayed_to_expired_to_gone(broker: RunningBroker, app: str,
     assert broker.said("discarded", reason="expired")
 
 
+def test_pending_and_delayed_to_dropped_to_gone(broker: RunningBroker, app: str) -> None:
+    """By an operator, without a dead letter; also what arrives from then on."""
+    kind: dict[str, Any] = {"taskname": app, "retry_state": dead_letter_policy()}
+    waits, delayed, other = broker.add(app, **kind), broker.add(app, delay=50, **kind), broker.add(app)
+    broker.operate("killswitch", "add", app, "--reason", "a test")
+    arrives = broker.add(app, **kind)
+    for id_ in (waits, delayed, arrives):
+        broker.became(id_, "gone")
+        assert broker.history(id_)[-2:] == ["dropped", "gone"]
+    assert [task.id for _ in range(2) if (task := broker.get_task(app))] == [other]
+    assert not [letter for letter in broker.records() if scan(letter.value).application == app]
+
+
 def test_processing_to_complete_failure_or_retry_by_report(broker: RunningBroker, app: str) -> None:
     for status, word in ((COMPLETE, "complete"), (FAILURE, "failure"), (RETRY, "retry")):
         id_ = broker.add(app)
