@@ -121,6 +121,8 @@ class _Server:
             if not hasattr(protocol, "connection"):
                 self._protocols.discard(protocol)
                 connected.close()
+        if self._tls is None and hasattr(protocol, "connection"):
+            await protocol.read()
 
     def start(self, call: Call) -> None:
         if self.stopping:
