@@ -71,7 +71,7 @@ def test_lists_in_the_environment():
             "unknown key `store.max_pending_cout`; did you mean `max_pending_count`? ({path}:2)",
         ),
         ("stroe: {}\n", "unknown key `stroe`; did you mean `store`? ({path}:1)"),
-        ("http: {zzz: 1}\n", "unknown key `http.zzz`; known here: host, port ({path}:1)"),
+        ("http: {zzz: 1}\n", "unknown key `http.zzz`; known here: host, port, tls ({path}:1)"),
         (
             "store: {max_pending_count: many}\n",
             "`store.max_pending_count`: expected a whole number, found 'many' ({path}:1)",
@@ -102,7 +102,7 @@ def test_lists_in_the_environment():
             "`log`: deadletter_topic `a` must not be consumed, or dead letters would run again:"
             " name another, or set its produce_only ({path}:1)",
         ),
-        ("http: 7\n", "`http`: expected a section with keys such as host, port, found 7 ({path}:1)"),
+        ("http: 7\n", "`http`: expected a section with keys such as host, port, tls, found 7 ({path}:1)"),
         (
             "log:\n  deadletter_topic: a\n  deadletter_topic: b\n",
             "`log.deadletter_topic`: given twice, on line 2 and on line 3; keep one ({path}:3)",
