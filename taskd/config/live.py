@@ -1,6 +1,7 @@
 """Which keys can change while a daemon runs, and what a new file changes.
 
-A key that is not named here is read once, at the start.
+A key that is not named here is read once, at the start. `dispatch.lease_s` is such a key because a worker
+is told it when it connects: it keeps its leases alive at that pace.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ C = TypeVar("C", bound=Section)
 # A section stands for everything in it.
 BROKER = frozenset(
     {
-        "dispatch.lease_s",
         "dispatch.max_assignments_per_frame",
         "dispatch.processing_deadline_grace_s",
         "drain_grace_s",

@@ -204,7 +204,6 @@ class Broker:
         self._feeding.set_config(config)
         self._secrets.replace(revealed(config.rpc.secrets))
         self._renew_certificate()
-        self._stream.lease_ms = settings.milliseconds(config.dispatch.lease_s)
         if self._push is not None:
             self._push.settings.timeout_s = config.push.timeout_s
             self._push.remap(config.push.worker_map)
