@@ -13,6 +13,7 @@ import structlog
 from taskd.clock import Clock
 from taskd.errors import Refused, Undecodable
 from taskd.rpc.base import Headers
+from taskd.rpc.limits import Seldom
 from taskd.wire import signing
 from taskd.wire.signing import Proof, Secrets
 
@@ -45,6 +46,7 @@ class Guard:
         self._of_services = dict(of_services or {})
         self._clock = clock
         self._nonces = Nonces()
+        self._seldom = Seldom()
         self._since_mono_ms = clock.now().mono_ms
 
     def check_head(self, path: str, headers: Mapping[str, str]) -> None:
@@ -91,7 +93,9 @@ class Guard:
             raise self._refused(path, "a replay")
 
     def _refused(self, path: str, why: str) -> Refused:
-        log.info("call refused", path=path[:200], why=why)
+        unsaid = self._seldom.say(self._clock.now().mono_ms / 1000)
+        if unsaid is not None:
+            log.warning("call refused", path=path[:200], why=why, refused_unsaid=unsaid)
         return Refused("UNAUTHENTICATED", REFUSAL)
 
 

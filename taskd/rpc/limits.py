@@ -20,6 +20,8 @@ SWEEP_S = 2.0  # how often the deadlines above are looked at
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # written to a peer that does not read; one reply may have 11 MiB
 MAX_RECEIVING_BYTES = 256 * 1024 * 1024  # requests of all peers that are not complete or not yet taken
 
+LOG_EVERY_S = 1.0
+
 GLITCHES = 1_000  # at once, and
 GLITCHES_PER_S = 100  # for good
 
@@ -48,6 +50,24 @@ class Glitches:
         self._left = min(GLITCHES, self._left + (now_s - self._at_s) * GLITCHES_PER_S) - 1
         self._at_s = now_s
         return self._left >= 0
+
+
+class Seldom:
+    """Lets one log line pass each `LOG_EVERY_S`, so that who is refused cannot fill the log."""
+
+    __slots__ = ("_last_s", "_unsaid")
+
+    def __init__(self) -> None:
+        self._last_s = float("-inf")
+        self._unsaid = 0
+
+    def say(self, now_s: float) -> int | None:
+        """How many were passed over since the last one that passed; None: this one is passed over too."""
+        if now_s - self._last_s < LOG_EVERY_S:
+            self._unsaid += 1
+            return None
+        unsaid, self._unsaid, self._last_s = self._unsaid, 0, now_s
+        return unsaid
 
 
 class Budget:

@@ -35,6 +35,7 @@ from taskd.rpc.limits import (
     SWEEP_S,
     Budget,
     Keepalive,
+    Seldom,
     connections_allowed,
 )
 from taskd.rpc.local import open_unix_listener
@@ -75,6 +76,7 @@ class _Server:
         self._protocols: set[Protocol] = set()
         self._budget = Budget(MAX_RECEIVING_BYTES)
         self._flusher = Flusher()
+        self._seldom = Seldom()
         self._config: Configuration = configuration(keepalive).__for_server__()
 
     # ---- connections
@@ -116,7 +118,9 @@ class _Server:
         try:
             await aio.call(_adopt, protocol, connected, self._tls)
         except (OSError, aio.Interrupted) as error:
-            log.info("connection not made", error=repr(error))
+            unsaid = self._seldom.say(trio.current_time())
+            if unsaid is not None:
+                log.info("connection not made", error=repr(error), failed_unsaid=unsaid)
         finally:
             if not hasattr(protocol, "connection"):
                 self._protocols.discard(protocol)

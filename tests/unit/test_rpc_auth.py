@@ -16,6 +16,7 @@ from taskd.rpc.auth import WINDOW_MS, Guard, Nonces, Signer
 from taskd.rpc.base import Duplex, Stream, Unary
 from taskd.rpc.client import Client, connect
 from taskd.rpc.health import CHECK, health_services
+from taskd.rpc.limits import Seldom
 from taskd.rpc.server import serve
 from taskd.wire.signing import PROOF_HEADER, SIGNATURE_HEADER, Secrets
 
@@ -211,3 +212,8 @@ async def test_a_full_memory_of_nonces_is_told_as_unavailable() -> None:
         with pytest.raises(PeerUnavailable, match="try again"):
             await client.call(OWN, b"", timeout_s=GENEROUS_S)
         await trio.lowlevel.checkpoint()
+
+
+def test_refusals_do_not_fill_the_log() -> None:
+    seldom = Seldom()
+    assert [seldom.say(second / 10) for second in range(12)] == [0, *[None] * 9, 9, None]
