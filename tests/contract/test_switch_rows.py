@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from taskd.activation.lifecycle import Status
 from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource
 from taskd.errors import StoreError
 from taskd.inflight import switches as switches_module
-from taskd.inflight.base import Arrival, ClaimRequest, Inserted, Lease, LeaseKind, Policy, Ref
+from taskd.inflight.base import Arrival, ClaimRequest, Inserted, Lease, LeaseKind, Policy, Ref, Settlement
 from taskd.inflight.switches import Replaced
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.testing.clock import FixedClock
@@ -342,3 +343,55 @@ async def test_a_demoted_namespace_is_not_claimed_but_forwarded(store: Inflight)
     assert await apply_all(store) == (0, 2)
     assert {row.id for row in await store.demoted(10)} == {"stored", "later", "new"}
     assert [row.id for row in await store.leaving(10)] == ["late"]  # which a lost cluster must not hold up
+
+
+# ---- invariants under a random walk
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_no_walk_hands_out_what_is_switched_off_or_loses_what_is_not(
+    store: Inflight, clock: FixedClock, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switches_module, "SCAN_CHUNK", 2)
+    monkeypatch.setattr(switches_module, "SCAN_ROWS", 5)
+    pick = random.Random(seed)
+    task_of: dict[str, tuple[str, str]] = {}
+    held: dict[str, Lease] = {}
+    for step in range(120):
+        action = pick.choice(["put", "put", "claim", "claim", "back", "switch", "switch", "resume", "look"])
+        if action == "put":
+            namespace, taskname = pick.choice(["mail", "chat"]), pick.choice("abc")
+            task_of[f"i{step}"] = (namespace, taskname)
+            await put(store, f"i{step}", namespace=namespace, taskname=taskname)
+        elif action == "claim":
+            for lease in await claim(store, pick.randrange(1, 4)):
+                namespace, taskname = task_of[lease.id]
+                gate = store.board.gate("shop", namespace)
+                assert not gate.closed
+                assert taskname not in gate.paused_tasks
+                assert taskname not in gate.kills
+                held[lease.id] = lease
+        elif action == "back" and held:
+            lease = held.pop(pick.choice(sorted(held)))
+            await store.hand_back([lease.ref])
+        elif action == "switch":
+            kind = pick.choice([PAUSE, PAUSE, PAUSE, KILL, DEMOTE])
+            where = pick.choice(["mail", "chat"] if kind is DEMOTE else [None, "mail", "chat"])
+            task = None if kind is DEMOTE else pick.choice("abc")
+            if kind is PAUSE and where is not None:
+                task = pick.choice([None, "a", "b"])
+            await store.put_switch(Switch(kind, namespace=where, taskname=task))
+        elif action == "resume":
+            numbers = [switch.number for switch in store.board.switches]
+            await store.remove_switches(pick.sample(numbers, (len(numbers) + 1) // 2))
+        elif action == "look":
+            await apply_all(store)
+            await store.settle([Settlement(row.id) for row in await store.demoted(100)])
+    await store.hand_back([lease.ref for lease in held.values()])
+    await store.remove_switches([switch.number for switch in store.board.switches])
+    waiting = store.counts()[Status.PENDING]
+    found = await claimed(store, 1_000)
+    assert len(found) == waiting
+    for namespace in ("mail", "chat"):  # in the order they came
+        order = [int(id_[1:]) for id_ in found if task_of[id_][0] == namespace]
+        assert order == sorted(order)
