@@ -25,7 +25,8 @@ from taskd.inflight.sqlite import SqliteStore
 from taskd.log.base import Log, Partition, Reader, Revoked
 
 ASSIGNED_WITHIN_S = 30.0  # members that died must be missed first: log.topics.….session_timeout_ms
-LOOK_WITHIN_S = 5.0
+LOOK_WITHIN_S = 5.0  # with none by then, and no lag, it is the end
+READ_WITHIN_S = 30.0  # of what surely is there
 SALVAGED = ".salvaged-"  # in the name of a file that was taken in: it is not taken again
 
 
@@ -162,14 +163,22 @@ async def _first_at(reader: Reader, partition: Partition, timestamp_ms: int) -> 
         raise StartupError(f"{error}. Try again when the log is reached.") from error
     reader.resume([partition])
     try:
-        with trio.move_on_after(LOOK_WITHIN_S):
+        with trio.move_on_after(READ_WITHIN_S):
             while True:
                 for record in await reader.read_batch(1, LOOK_WITHIN_S):
                     if record.partition == partition:
                         return record.offset
+                if not (await reader.lag()).get(partition, 0):
+                    return None
+    except LogUnavailable as error:
+        raise StartupError(f"{error}. Try again when the log is reached.") from error
     finally:
         reader.pause([partition])
-    return None
+    # To take this for the end would leave records unread that were asked for.
+    raise StartupError(
+        f"{partition} has records, but none was read within {READ_WITHIN_S:g} s. "
+        "Try again when the log is reached."
+    )
 
 
 def _check_all_done(from_offsets: Mapping[Partition, int], rewound: Sequence[Rewound]) -> None:

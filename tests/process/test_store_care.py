@@ -234,7 +234,30 @@ async def test_a_broker_is_evacuated(tmp_path: Path) -> None:
             assert await evacuation.ended() == 0
             assert evacuation.lines[-1] == "the store is empty"
             assert old.rows() == []
-            new = Broker(daemons, tmp_path / "new", log=log)
+            new = Broker(daemons, tmp_path / "new", log=log, drain_grace_s=0.2)
             daemon = await new.started()
             await moved(daemon, waits, "arrived")
             assert [row.split("|")[0] for row in new.rows()] == [waits]
+
+
+@pytest.mark.kafka
+@pytest.mark.long
+async def test_kafka_is_read_again(tmp_path: Path) -> None:
+    with open_local_kafka() as address:
+        async with open_daemons(tmp_path, {"TASKD_LOG": "kafka", "TASKD_KAFKA": address}) as daemons:
+            log = {"kind": "kafka", "clusters": {"default": {"address": address}}}
+            broker = Broker(daemons, tmp_path, log=log, drain_grace_s=0.2)
+            daemon = await broker.started()
+            ids = [await broker.submit() for _ in range(3)]
+            for id_ in ids:
+                await moved(daemon, id_, "arrived")
+            assert await daemon.stopped() == 0
+            said = await broker.run("recover", "--config", str(broker.file), "--from-offset", "taskd/0=1")
+            assert "taskd/0: reads again from 1, 2 records" in said
+            said = await broker.run("recover", "--config", str(broker.file), "--from-time", "1h")
+            assert "taskd/0: reads again from 0, 1 records" in said
+            (tmp_path / "data" / "inflight.sqlite").rename(tmp_path / "lost")
+            daemon = await broker.started()
+            for id_ in ids:
+                await moved(daemon, id_, "arrived")
+            assert sorted(row.split("|")[0] for row in broker.rows()) == sorted(ids)
