@@ -65,10 +65,12 @@ async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -
             {(d.application, d.namespace, d.status.word): d.count for d in inflight.depths()}
         )
         current = reader()
-        if current is not None and current.healthy:
+        if current is not None:
             # A log that is away, or a group that just changes hands, has no lag to tell.
             with suppress(LogUnavailable), trio.move_on_after(EVERY_S):
-                for partition, lag in (await current.lag()).items():
+                lags = await current.lag()
+                metrics.log_lag_records.clear()  # what moved to another broker is told there
+                for partition, lag in lags.items():
                     metrics.log_lag_records.labels(partition.topic, str(partition.number)).set(lag)
         with suppress(StoreError):  # a disk in trouble is told by the store itself
             rows = await inflight.depths_by_partition()

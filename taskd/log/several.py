@@ -109,14 +109,17 @@ class SeveralReaders:
         await self._reader_of(partition).seek_to_time(partition, timestamp_ms)
 
     async def lag(self) -> dict[Partition, int]:
-        """Of every reader that can tell; LogUnavailable when none can."""
+        """Of every reader that can tell; LogUnavailable when none can. Who does not answer is not asked."""
         lags: dict[Partition, int] = {}
 
         async def measure(reader: Reader) -> None:
             lags.update(await reader.lag())
 
         try:
-            await _all([(measure, (reader,)) for reader in self._readers])
+            asked = [reader for reader in self._readers if reader.healthy]
+            if not asked:
+                raise LogUnavailable("no log can be reached")
+            await _all([(measure, (reader,)) for reader in asked])
         except LogUnavailable:
             if not lags:
                 raise
