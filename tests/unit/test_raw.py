@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from taskd.activation.ids import raw_record_id
 from taskd.ingest.decode import MAX_ACTIVATION_BYTES
 from taskd.ingest.raw import RawTask, arrival_of_raw, decoder, parameters_of
 from taskd.log.base import Partition, Record
+from taskd.log.kafka.reader import _record
 from taskd.wire.envelope import scan_call
 from taskd.wire.generated.sentry_protos.taskbroker.v1 import TaskActivation
 from taskd.wire.parameters import decode
@@ -70,3 +73,12 @@ def test_only_raw_topics_are_read_as_payloads() -> None:
     ordinary = Record(Partition("taskd", 0), 1, AT_MS, None, bytes(activation))
     assert read(ordinary).id == "a"
     assert read(record()).id == raw_record_id("events", 3, 42, AT_MS)
+
+
+def test_a_null_payload_is_empty_bytes() -> None:
+    """Kafka's tombstones, and headers without a value."""
+    message = SimpleNamespace(offset=7, timestamp=AT_MS, key=None, value=None, headers=(("h", None),))
+    read = _record(Partition("events", 3), message)
+    assert (read.value, read.headers) == (b"", (("h", b""),))
+    body = scan_call(arrival_of_raw(read, TASK).activation)
+    assert decode(body.parameters_bytes, "", body.headers) == ([b""], {})
