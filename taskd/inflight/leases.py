@@ -75,7 +75,7 @@ class Leases:
         self._gated = GatedLanes(store, departures)
         self._round: dict[int, None] = {}  # lanes in the order of their next turn
         self._round_version = -1
-        self.cut_short = False  # the last claim met so many expired rows that it left the rest for the next
+        self.cut_short = False  # the last claim met so many expired or paused rows that it left the rest
 
     # ---- hand out
 
@@ -83,7 +83,7 @@ class Leases:
         """Lease up to `request.limit` waiting rows, in turns over the lanes that have any."""
         leases: list[Lease] = []
         expired = 0
-        self.cut_short = False
+        self.cut_short = self._gated.cut_short = False
         left_bytes = request.max_bytes
         lanes = self._ready_lanes(request)
         while lanes and len(leases) < request.limit:
@@ -102,10 +102,11 @@ class Leases:
                 expired += len(rows) - len(taken)
                 left_bytes -= sum(len(lease.activation) for lease in taken)
                 self._turn_over(lane)
-                gated = self._store.gate(lane).by_task  # one look in each claim, which may be long
-                if lane.counts[Status.PENDING] > 0 and not gated and not self._busy_in_order(lane):
+                looked = bool(taken) and self._store.gate(lane).by_task  # one look in a claim: it may be long
+                if lane.counts[Status.PENDING] > 0 and not looked and not self._busy_in_order(lane):
                     still_ready.append(lane)
             lanes = [] if self.cut_short else still_ready
+        self.cut_short |= self._gated.cut_short
         return leases
 
     def _ready_lanes(self, request: ClaimRequest) -> list[Lane]:

@@ -211,6 +211,7 @@ class GatedLanes:
     def __init__(self, store: SqliteStore, departures: Departures) -> None:
         self._store = store
         self._departures = departures
+        self.cut_short = False  # there were more paused rows than one claim passes over
 
     def rows(self, lane: Lane, wanted: int, now: Now, *, in_order: bool) -> Generator[Any, None, None]:
         """Rows that may be handed out, as `waiting_in_lane` has them; what is killed is dropped on the way.
@@ -246,7 +247,7 @@ class GatedLanes:
             if len(rows) < chunk:
                 break
             if scanned >= SCAN_ROWS:
-                store.wake_claims()  # there are more: whoever found too little comes again
+                self.cut_short = True
                 break
         store.passed[lane.number] = passed
         return found
