@@ -14,7 +14,8 @@ from aiokafka import AIOKafkaConsumer  # isort: skip  # after taskd.aio, which s
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor  # isort: skip
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor  # isort: skip
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.long]  # a group takes three seconds to form, twice
+# Long: a group takes three seconds to form, twice.
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.long]
 
 
 async def existing_member(address: str, topic: str, group: str) -> AIOKafkaConsumer:
