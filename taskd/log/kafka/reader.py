@@ -74,7 +74,7 @@ class KafkaReader:
                 await trio.sleep(PROBE_EVERY_S)
                 self._set_healthy(await self._answers(consumer))
         finally:
-            self._set_healthy(False)
+            self._healthy = False  # in silence: who gave the client up said why, and a stop is no outage
             self._forget(frozenset(self._assigned), lambda: None)
 
     async def _answers(self, consumer: AIOKafkaConsumer) -> bool:
