@@ -358,6 +358,7 @@ def test_raw_a_foreign_record_is_executed_and_its_retry_is_an_activation(
 
 
 @pytest.mark.kafka
+@pytest.mark.long
 def test_raw_on_kafka(start_broker: Any, tmp_path: Path, kafka_address: str) -> None:
     suffix = new_id()[:8]
     settings = {
