@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from taskd.daemon.broker import BrokerAddresses
 
 
+broker_app = typer.Typer(invoke_without_command=True)
+
+
+@broker_app.callback()
 def broker(
+    context: typer.Context,
     config: flags.Config = None,
     data_dir: flags.DataDir = None,
     rpc_port: flags.RpcPort = None,
@@ -36,6 +41,8 @@ def broker(
     TASKD_LOG__KIND=kafka TASKD_LOG__CLUSTERS__DEFAULT__ADDRESS=kafka:9092 taskd broker
     ```
     """
+    if context.invoked_subcommand is not None:
+        return
     from functools import partial
 
     from taskd.config.loader import load_broker_config

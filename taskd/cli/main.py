@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(rich_help_panel="Run")(daemons.broker)
+app.add_typer(daemons.broker_app, name="broker", rich_help_panel="Run")
 app.command(rich_help_panel="Run")(daemons.worker)
 app.command(rich_help_panel="Run")(daemons.dev)
 app.command(rich_help_panel="Use")(submit.submit)
@@ -46,7 +46,7 @@ app.command(rich_help_panel="Operate")(operate.switches)
 app.command(rich_help_panel="Operate")(store.backup)
 app.command(rich_help_panel="Operate")(store.restore)
 app.command(rich_help_panel="Operate")(store.recover)
-app.command(rich_help_panel="Operate")(store.evacuate)
+daemons.broker_app.command()(store.evacuate)
 app.add_typer(config.app, name="config", rich_help_panel="Run")
 
 

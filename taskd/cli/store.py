@@ -1,4 +1,4 @@
-"""`taskd backup`, `taskd restore`, `taskd recover`, `taskd evacuate`: the care of a broker's store."""
+"""`taskd backup`, `taskd restore`, `taskd recover`, `taskd broker evacuate`: the care of a broker's store."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def evacuate(
     group; workers report what they run. Exit code 0 when nothing is left, else 1 and the ids.
 
     ```
-    taskd evacuate --config /etc/taskd/broker.yaml --grace 300
+    taskd broker evacuate --config /etc/taskd/broker.yaml --grace 300
     ```
     """
     import trio

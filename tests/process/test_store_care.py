@@ -223,10 +223,10 @@ async def test_a_broker_is_evacuated(tmp_path: Path) -> None:
             waits = await old.submit()
             await moved(daemon, waits, "arrived")
             assert await daemon.stopped() == 0
-            left = await old.run("evacuate", "--config", str(old.file), "--grace", "1", code=1)
+            left = await old.run("broker", "evacuate", "--config", str(old.file), "--grace", "1", code=1)
             assert f"{held} is processing" in left
             assert [row.split("|")[0] for row in old.rows()] == [held]
-            evacuation = daemons.start("evacuate", "--config", str(old.file), "--grace", "30")
+            evacuation = daemons.start("broker", "evacuate", "--config", str(old.file), "--grace", "30")
             await evacuation.said("broker listens")
             await old.ask(
                 "SetTaskStatus", bytes(SetTaskStatusRequest(id=held, status=TaskActivationStatus(COMPLETE)))
