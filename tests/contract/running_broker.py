@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,7 @@ class RunningBroker:
         arguments = ("--data-dir", str(data_dir), "--rpc-port", "0", "--http-port", "0")
         self._news = threading.Condition()
         self._entries: list[dict[str, Any]] = []
+        self._by_message: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         self._others: list[str] = []
         self._ended = False
         self.process = subprocess.Popen(
@@ -144,9 +146,12 @@ class RunningBroker:
         for line in self.process.stdout:
             with self._news:
                 try:
-                    self._entries.append(json.loads(line))
+                    entry = json.loads(line)
                 except ValueError:
                     self._others.append(line.decode("utf-8", "replace"))
+                else:
+                    self._entries.append(entry)
+                    self._by_message[entry["message"]].append(entry)
                 self._news.notify_all()
         with self._news:
             self._ended = True
@@ -158,8 +163,11 @@ class RunningBroker:
             return self._found(message, more)
 
     def _found(self, message: str, more: Mapping[str, Any]) -> list[dict[str, Any]]:
-        wanted = {"message": message, **more}.items()
-        return [entry for entry in self._entries if wanted <= _hashable(entry).items()]
+        return [
+            entry
+            for entry in self._by_message[message]
+            if all(entry.get(name) == value for name, value in more.items())
+        ]
 
     def said(self, message: str, **more: Any) -> dict[str, Any]:
         """The first such line, as soon as it is there."""
@@ -421,7 +429,3 @@ class _closing:
 
 def _headers(packed: bytes | None) -> Mapping[str, str]:
     return {name: value.decode() for name, value in msgpack.unpackb(packed)} if packed else {}
-
-
-def _hashable(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if not isinstance(value, (list, dict))}
