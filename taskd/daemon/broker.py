@@ -130,14 +130,6 @@ class Broker:
         )
         self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets)
         duties.append(parking_duty(config, inflight, self._push))
-        self._operators = Operators(config, clock, inflight, activation_logs, self._feeding.append)
-        duties += self._operators.duties
-        if evacuates:
-            self._draining.set()
-            duties.append(evacuation_duty(inflight, config.upkeep.max_rows_per_round))
-        self._upkeep = Upkeep(duties, clock)
-        self._health = BrokerHealth(clock, self._upkeep, self._feeding, inflight, self._draining, self._push)
-        self._unary = UnaryDispatch(inflight, self._draining, hands_out=self._push is None)
         self._stream = StreamDispatch(
             inflight,
             presence,
@@ -146,6 +138,16 @@ class Broker:
             max_assignments_per_frame=config.dispatch.max_assignments_per_frame,
             hands_out=self._push is None,
         )
+        self._operators = Operators(
+            config, clock, inflight, activation_logs, self._feeding.append, self._stream.stop_leases
+        )
+        duties += self._operators.duties
+        if evacuates:
+            self._draining.set()
+            duties.append(evacuation_duty(inflight, config.upkeep.max_rows_per_round))
+        self._upkeep = Upkeep(duties, clock)
+        self._health = BrokerHealth(clock, self._upkeep, self._feeding, inflight, self._draining, self._push)
+        self._unary = UnaryDispatch(inflight, self._draining, hands_out=self._push is None)
         inflight.observers.append(measure.count)
         inflight.trace(config.log_level == "debug")
 

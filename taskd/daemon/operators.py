@@ -19,7 +19,7 @@ from taskd.log.base import Log, Publish
 from taskd.rpc.base import Services
 from taskd.rpc.server import serve_unix
 from taskd.upkeep.duties import Duty
-from taskd.upkeep.switches import switch_duties
+from taskd.upkeep.switches import StopLeases, switch_duties
 
 SOCKET_FILE = "admin.sock"
 
@@ -41,6 +41,7 @@ class Operators:
         inflight: Inflight,
         own_logs: Mapping[str, Log],
         own: Publish,
+        stop_leases: StopLeases,
     ) -> None:
         self._config = config
         self._orders = Orders(inflight, clock)
@@ -55,6 +56,7 @@ class Operators:
             inflight,
             self._demoting.append,
             clock,
+            stop_leases,
             limit=config.upkeep.max_rows_per_round,
             every_s=lambda: config.upkeep.interval_s,
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),

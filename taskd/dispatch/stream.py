@@ -6,6 +6,8 @@ started and what became of it. Every frame of the worker keeps its leases alive.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import structlog
 import trio
 
@@ -65,6 +67,13 @@ class StreamDispatch:
     def connected_workers(self) -> int:
         return len(self._sessions)
 
+    def stop_leases(self, held: Sequence[tuple[str, Ref]]) -> None:
+        """Tell the workers that are connected to end these, each given with its worker's id."""
+        for worker_id, ref in held:
+            session = self._sessions.get(worker_id)
+            if session is not None:
+                session.stop(ref)
+
     async def work(self, stream: Duplex) -> None:
         """Serve one worker until it goes, or until a newer stream of the same worker takes over."""
         hello = await _hello(stream)
@@ -118,12 +127,19 @@ class Session:
         self._sending = trio.Lock()
         self._in_work = trio.Semaphore(FRAMES_IN_WORK)
         self._scope = trio.CancelScope()
+        self._to_stop: list[Ref] = []
+        self._stops = Wake()
         self.closed = trio.Event()
 
     async def close(self) -> None:
         """End the session and wait until it is over."""
         self._scope.cancel()
         await self.closed.wait()
+
+    def stop(self, ref: Ref) -> None:
+        """Tell the worker to end this lease, together with others soon."""
+        self._to_stop.append(ref)
+        self._stops.set()
 
     async def run(self) -> None:
         hello, inflight = self._hello, self._inflight
@@ -159,6 +175,7 @@ class Session:
     async def _assign(self, wake: Wake) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce_drain)
+            nursery.start_soon(self._announce_stops)
             while True:
                 limit = min(self._credit, self._dispatch.max_assignments_per_frame)
                 if limit and self._may_claim():
@@ -196,6 +213,12 @@ class Session:
             if not sent:
                 with trio.CancelScope(shield=True):
                     await self._inflight.hand_back([lease.ref for lease in leases])
+
+    async def _announce_stops(self) -> None:
+        while True:
+            await self._stops.wait()
+            refs, self._to_stop = self._to_stop, []
+            await self._send(frames.Stop(tuple(LeaseRef(ref.id, ref.fence) for ref in refs)))
 
     async def _announce_drain(self) -> None:
         await self._dispatch.draining.wait()

@@ -52,7 +52,7 @@ FROM inflight WHERE row = ?
 SELECT activation FROM inflight WHERE row = ?
 
 -- name: rows_after
-SELECT row, status, lane, taskname FROM inflight WHERE row > ? ORDER BY row LIMIT ?
+SELECT row, status, lane, taskname, id, fence, holder FROM inflight WHERE row > ? ORDER BY row LIMIT ?
 
 -- name: switches
 SELECT switch, kind, application, namespace, taskname, conditions, reason, author, source, created_at_ms, until_ms

@@ -25,6 +25,7 @@ from taskd.activation.switches import (
 )
 from taskd.clock import Now
 from taskd.errors import Undecodable
+from taskd.inflight.base import Ref
 from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import Lane, SqliteStore
 from taskd.wire import parameters
@@ -55,12 +56,16 @@ class DemotedTo:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """One round through the rows. `last_row`: where the next begins; None: there are no more."""
+    """One round through the rows. `last_row`: where the next begins; None: there are no more.
+
+    `stopped`: dropped although a worker on the stream has them, by worker; it is to be told.
+    """
 
     last_row: int | None
     rows: int = 0
     dropped: int = 0
     forwarded: int = 0
+    stopped: tuple[tuple[str, Ref], ...] = ()
 
 
 def killed_by(gate: Gate, taskname: str, activation: bytes) -> Switch | None:
@@ -179,9 +184,12 @@ class Switches:
         rows = self._store.run("rows_after", after_row, limit).fetchall()
         dropped = forwarded = looked = read_bytes = 0
         last_row = after_row
-        for row, number, lane_number, taskname in rows:
+        stopped: list[tuple[str, Ref]] = []
+        for row, number, lane_number, taskname, id_, fence, holder in rows:
             last_row, looked, status = row, looked + 1, Status(number)
-            if status not in WAITING:
+            # Of what runs, only workers on the stream can be told to stop; the rest ends by itself.
+            runs = status is Status.PROCESSING and holder is not None
+            if status not in WAITING and not runs:
                 continue
             lane = self._store.lanes[lane_number]
             gate = self._store.gate(lane)
@@ -191,14 +199,16 @@ class Switches:
                 if killed_by(gate, taskname, activation):
                     self._departures.drop(row, lane_number, status, now, KILLED)
                     dropped += 1
+                    if runs:
+                        stopped.append((holder, Ref(id_, fence)))
                     continue
-            if gate.demoted:
+            if gate.demoted and not runs:
                 self._departures.forward(row, lane_number, status, None, DEMOTED)
                 forwarded += 1
             if read_bytes > READ_BYTES:
                 break
         is_end = looked == len(rows) < limit
-        return Looked(None if is_end else last_row, looked, dropped, forwarded)
+        return Looked(None if is_end else last_row, looked, dropped, forwarded, tuple(stopped))
 
 
 class GatedLanes:

@@ -10,7 +10,7 @@ from taskd.activation.lifecycle import Event, Status
 from taskd.activation.switches import Board, SwitchKind
 from taskd.clock import Clock
 from taskd.errors import LogUnavailable
-from taskd.inflight.base import Leaving, Settlement
+from taskd.inflight.base import Leaving, Ref, Settlement
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
 from taskd.log.base import Outgoing, Publish, Rejected
@@ -24,6 +24,9 @@ _CAME_BACK = (Event.LEASE_ENDED, Event.HANDED_BACK, Event.CLAIM_ENDED)
 log = structlog.get_logger("taskd.upkeep")
 
 
+StopLeases = Callable[[Sequence[tuple[str, Ref]]], None]  # tells workers, by id, to end these
+
+
 class RowsUnderSwitches:
     """Looks through all rows after a change of the switches, a bounded number in each round.
 
@@ -31,9 +34,10 @@ class RowsUnderSwitches:
     come back from workers without being claimed again need another.
     """
 
-    def __init__(self, inflight: Inflight, clock: Clock, *, limit: int) -> None:
+    def __init__(self, inflight: Inflight, clock: Clock, stop_leases: StopLeases, *, limit: int) -> None:
         self._inflight = inflight
         self._clock = clock
+        self._stop_leases = stop_leases
         self._limit = limit
         self._board: Board | None = None
         self._next_row: int | None = None  # None: there is nothing to look for
@@ -48,7 +52,13 @@ class RowsUnderSwitches:
         board = self._board
         looked = await self._inflight.apply_switches(self._next_row, self._limit)
         if looked.dropped or looked.forwarded:
-            log.info("switches applied", dropped=looked.dropped, forwarded=looked.forwarded)
+            log.info(
+                "switches applied",
+                dropped=looked.dropped,
+                forwarded=looked.forwarded,
+                stopped=len(looked.stopped),
+            )
+        self._stop_leases(looked.stopped)
         self._next_row = looked.last_row
         done = looked.last_row is None and board is self._inflight.board
         return 0 if done else self._limit
@@ -113,12 +123,13 @@ def switch_duties(
     inflight: Inflight,
     publish: Publish,
     clock: Clock,
+    stop_leases: StopLeases,
     *,
     limit: int,
     every_s: Callable[[], float],
     strict_order_namespaces: frozenset[str] = frozenset(),
 ) -> Sequence[Duty]:
-    """`publish`: where the rows of demoted namespaces go."""
+    """`publish`: where the rows of demoted namespaces go. `stop_leases`: how workers are told to stop."""
 
     async def end() -> int:
         for switch in await inflight.end_switches():
@@ -128,7 +139,7 @@ def switch_duties(
             metrics.switches.labels(kind.value).set(count)
         return 0
 
-    looking = RowsUnderSwitches(inflight, clock, limit=limit)
+    looking = RowsUnderSwitches(inflight, clock, stop_leases, limit=limit)
     forwarding = Forwarding(inflight, publish, limit=limit, strict_order_namespaces=strict_order_namespaces)
     return [
         Duty("end_switches", end, limit, every_s, inflight.watch_switches()),

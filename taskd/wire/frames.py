@@ -125,7 +125,12 @@ class Draining:
     pass
 
 
-BrokerFrame = Welcome | Assignments | Taken | Draining
+@dataclass(frozen=True, slots=True)
+class Stop:
+    leases: tuple[LeaseRef, ...]
+
+
+BrokerFrame = Welcome | Assignments | Taken | Draining | Stop
 
 T = TypeVar("T")
 
@@ -157,6 +162,8 @@ def encode_broker_frame(frame: BrokerFrame) -> bytes:
             return bytes_field(3, _leases(frame.leases))
         case Draining():
             return bytes_field(4, b"")
+        case Stop():
+            return bytes_field(5, _leases(frame.leases))
 
 
 def decode_worker_frame(raw: bytes) -> WorkerFrame:
@@ -351,4 +358,5 @@ _BROKER_FRAMES: dict[int, Callable[[bytes], BrokerFrame]] = {
     2: lambda raw: Assignments(tuple(_read_assignment(chunk) for chunk in _repeated(raw, 1))),
     3: lambda raw: Taken(_read_leases(raw)),
     4: lambda raw: Draining(),
+    5: lambda raw: Stop(_read_leases(raw)),
 }

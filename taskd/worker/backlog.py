@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from taskd.wire.frames import Assignment
+from taskd.wire.frames import Assignment, LeaseRef
 from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
 
 log = structlog.get_logger("taskd.worker")
@@ -18,15 +18,19 @@ PATIENCE_S = 2.0  # longer than this nothing waits here behind slow tasks while 
 class Backlog:
     """Work that is assigned to this worker and not yet in a child.
 
-    `on_work`: called when something can be taken; `on_news`: when a link has something to send.
+    `on_work`: called when something can be taken; `on_news`: when a link has something to send;
+    `on_stop`: when work that is in a child was stopped.
     """
 
-    def __init__(self, on_work: Callable[[], None], on_news: Callable[[], None]) -> None:
+    def __init__(
+        self, on_work: Callable[[], None], on_news: Callable[[], None], on_stop: Callable[[], None]
+    ) -> None:
         self.accounts: dict[str, Account] = {}
         self.closed = False
         self._waiting: deque[Job] = deque()
         self._on_work = on_work
         self._on_news = on_news
+        self._on_stop = on_stop
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -70,8 +74,24 @@ class Backlog:
                 jobs.append(job)
         return jobs
 
+    def stop(self, account: Account, leases: Iterable[LeaseRef]) -> None:
+        """Forget those that wait, and mark those that are in a child: `on_stop` looks for them."""
+        stopped = [job for lease in leases if (job := account.jobs.get(lease)) is not None]
+        for job in stopped:
+            job.stopped = True
+        waiting = [job for job in self._waiting if job.stopped]
+        for job in waiting:
+            self._waiting.remove(job)
+            account.forget(job)
+        if len(waiting) < len(stopped):
+            self._on_stop()
+
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Jobs a child did not start go before all others: they came first."""
+        for job in jobs:
+            if job.stopped:
+                job.account.forget(job)
+        jobs = [job for job in jobs if not job.stopped]
         if self.closed:
             for job in jobs:
                 job.account.hand_back(job)

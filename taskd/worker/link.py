@@ -25,6 +25,7 @@ from taskd.wire.frames import (
     Draining,
     Heartbeat,
     Hello,
+    Stop,
     Taken,
     Welcome,
     WorkerFrame,
@@ -199,6 +200,9 @@ class Link:
                     self._on_change()
                 case Draining():
                     self.state = "draining"
+                case Stop(leases):
+                    log.warning("stopped by an operator", ids=[lease.id for lease in leases])
+                    self._backlog.stop(account, leases)
                 case Welcome():
                     raise Undecodable(f"{self.address} sent a second welcome")
 

@@ -67,7 +67,7 @@ class Pool:
         self.name = name
         self._config = config
         self._pace = Pace()
-        self._backlog = Backlog(self._wake_slots, self._changed)
+        self._backlog = Backlog(self._wake_slots, self._changed, self._stop_in_slots)
         self._change = trio.Event()
         self.slots = [
             Slot(
@@ -139,6 +139,10 @@ class Pool:
     def _wake_slots(self) -> None:
         for slot in self.slots:
             slot.wake()
+
+    def _stop_in_slots(self) -> None:
+        for slot in self.slots:
+            slot.end_stopped()
 
     def _changed(self) -> None:
         self._change.set()

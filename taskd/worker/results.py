@@ -28,6 +28,7 @@ class Job:
     deadline_s: float
     expires_at: float | None
     waiting_since: float
+    stopped: bool = False  # by an operator's order: not to be started, not to be reported
 
 
 @dataclass(eq=False, slots=True)
@@ -76,6 +77,12 @@ class Account:
         self.finish(job, result)
         if not told:
             self._started[job.lease] = None
+
+    def forget(self, job: Job) -> None:
+        """It was stopped: the store knows, and expects to hear nothing."""
+        self.jobs.pop(job.lease, None)
+        self.running.discard(job.lease)
+        self._started.pop(job.lease, None)
 
     def hand_back(self, job: Job) -> None:
         """Not started here, and not going to be."""

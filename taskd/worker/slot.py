@@ -108,6 +108,15 @@ class Slot:
             if back:
                 self._backlog.put_back(back)
 
+    def end_stopped(self) -> None:
+        """End what was stopped by an operator: a running task with its child, others before they begin."""
+        if self._child is None:
+            return
+        if any(job.stopped for number, job in self._inside.items() if number != self._running):
+            self.recall()
+        if self._running is not None and self._inside[self._running].stopped:
+            self._child.kill()
+
     # ---- one child after the other
 
     async def run(self) -> None:
@@ -250,6 +259,8 @@ class Slot:
                 self._since, self._stuck = trio.current_time(), False
                 job = self._inside[number]
                 job.account.start(job)
+                if job.stopped:
+                    self.end_stopped()
             case pipe.Done(number, verdict, duration_us, quiet) if number in self._inside:
                 self._running, self._since, self._stuck = None, trio.current_time(), False
                 self._pace.observe(duration_us / 1e6)
@@ -277,7 +288,9 @@ class Slot:
             log.warning("child ended", slot=self.number, why=why, timeout=self._timed_out is not None)
         back = self._take_back(child)
         for number, job in self._inside.items():
-            if number == self._timed_out and self._on_timeout is not None:
+            if job.stopped:
+                self._forget(job)
+            elif number == self._timed_out and self._on_timeout is not None:
                 self.timeouts_count += 1
                 self._pace.observe(job.deadline_s)
                 text = f"killed at its processing deadline of {job.deadline_s:g} s"
@@ -291,7 +304,15 @@ class Slot:
             self._backlog.put_back(back)
         self._on_change()
 
+    def _forget(self, job: Job) -> None:
+        job.account.forget(job)
+        self.ended_count += 1
+        metrics.worker_tasks.labels("stopped").inc()
+
     def _finish(self, job: Job, verdict: pipe.Verdict, *, quiet: bool = False) -> None:
+        if job.stopped:
+            self._forget(job)
+            return
         status = ResultStatus(verdict.status)
         result = Result(
             *job.lease,

@@ -315,7 +315,8 @@ async def test_stored_rows_are_dropped_in_bounded_rounds(store: Inflight) -> Non
     await put(store, *(f"a{number}" for number in range(10)))
     await put(store, *(f"d{number}" for number in range(5)), delay_s=60)
     await put(store, "other", taskname="other")
-    running = await claim(store, 1)
+    # By a unary call: whoever has it cannot be told to stop.
+    running = await store.claim(ClaimRequest(1, LeaseKind.UNARY))
     await store.put_switch(Switch(KILL, taskname="send"))
     assert await apply_all(store) == (14, 0)
     assert store.counts() == Counter({Status.GONE: 14, Status.PROCESSING: 1, Status.PENDING: 1})

@@ -22,6 +22,7 @@ from taskd.log.base import Outgoing, Position
 from taskd.rpc.base import Unary
 from taskd.upkeep.duties import Upkeep
 from taskd.upkeep.switches import switch_duties
+from taskd.wire import frames
 from taskd.wire.protobuf import text_field
 
 PAUSE, KILL, DEMOTE = SwitchKind
@@ -55,7 +56,14 @@ async def open_operator(broker: Any, publish: Any = None) -> AsyncIterator[Opera
     async def nowhere(records: Sequence[Outgoing]) -> list[Position | Exception]:
         raise AssertionError("nothing is demoted here")
 
-    duties = switch_duties(broker.inflight, publish or nowhere, broker.clock, limit=10, every_s=lambda: 1.0)
+    duties = switch_duties(
+        broker.inflight,
+        publish or nowhere,
+        broker.clock,
+        broker.stream.stop_leases,
+        limit=10,
+        every_s=lambda: 1.0,
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Upkeep(duties, broker.clock).run)
         nursery.start_soon(end_of_time)
@@ -164,6 +172,50 @@ async def test_what_is_not_paused_cannot_be_resumed(
 # ---- killswitch
 
 
+class Worker:
+    """A worker's stream in memory, from the broker's side."""
+
+    def __init__(self) -> None:
+        self.heard: list[frames.BrokerFrame] = []
+        self._in, self._out = trio.open_memory_channel[bytes](100)
+
+    async def say(self, frame: frames.WorkerFrame) -> None:
+        await self._in.send(frames.encode_worker_frame(frame))
+
+    async def receive(self) -> bytes | None:
+        return await self._out.receive()
+
+    async def send(self, body: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self.heard.append(frames.decode_broker_frame(body))
+
+
+async def test_a_worker_is_told_to_stop_what_falls_under_a_killswitch(
+    broker: Any, operator: Operator, autojump_clock: Any
+) -> None:
+    await broker.produce(call(broker, "a"), call(broker, "b", taskname="other"))
+    worker = Worker()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(broker.stream.work, worker)
+        await worker.say(frames.Hello("w1", "default"))
+        await worker.say(frames.Credit(2))
+        await trio.sleep(1)
+        leases = [
+            item.lease for f in worker.heard if isinstance(f, frames.Assignments) for item in f.assignments
+        ]
+        await operator.kill(Switch(KILL, taskname="send"), "too many mails", "ann", None)
+        await trio.sleep(2)
+        (killed,) = [lease for lease in leases if lease.id == "a"]
+        assert worker.heard[-1] == frames.Stop((killed,))
+        assert await states(broker, "a", "b") == ["dropped", "processing"]
+        # A result that crossed the order on the way changes nothing any more.
+        await worker.say(frames.Results((frames.Result(*killed, frames.ResultStatus.RETRY),)))
+        await trio.sleep(2)
+        assert worker.heard[-1] == frames.Taken((killed,))
+        assert await states(broker, "a") == ["dropped"]
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_killswitch_drops_what_waits_and_what_comes(
     broker: Any, operator: Operator, autojump_clock: Any
 ) -> None:
@@ -190,7 +242,7 @@ async def test_a_killed_row_that_comes_back_from_its_worker_is_dropped(
 ) -> None:
     await broker.produce(call(broker, "a"))
     await broker.settle()
-    await broker.inflight.claim(ClaimRequest(1, LeaseKind.STREAM, holder="gone"))
+    await broker.get_task()  # by a unary call: that worker cannot be told to stop
     await operator.kill(Switch(KILL, taskname="send"), "why", "ann", None)
     await broker.settle()
     assert await states(broker, "a") == ["processing"]

@@ -389,6 +389,38 @@ async def test_work_behind_a_slow_task_in_a_child_runs_elsewhere(
         await broker.until(lambda: len(broker.results) == 101)
 
 
+async def test_what_an_operator_stops_ends_unreported_wherever_it_is(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("runs", "waits", "other", task="5", deadline_s=60))
+        await broker.until(lambda: LeaseRef("runs", 1) in broker.started)
+        broker.tell(frames.Stop((LeaseRef("runs", 1), LeaseRef("waits", 1), LeaseRef("unknown", 1))))
+        await broker.until(lambda: bool(broker.results))
+        assert [result.id for result in broker.results] == ["other"]
+        assert LeaseRef("waits", 1) not in broker.started
+        assert broker.back == []
+        assert it.spawner.children[0].killed
+        broker.take_all()
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.pool.statistics().crashes == 0
+        assert it.pool.statistics().in_children == 0
+
+
+async def test_what_is_stopped_inside_a_child_never_begins(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        for number in range(40):  # quick tasks, so that children are fed ahead
+            broker.tell(work(f"q{number}", task="0.0001"))
+            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+        broker.tell(work("runs", "ahead", task="0.05"))
+        await broker.until(lambda: LeaseRef("runs", 1) in broker.started)
+        broker.tell(frames.Stop((LeaseRef("ahead", 1),)))
+        await broker.until(lambda: broker.results[-1].id == "runs")
+        await trio.sleep(5)
+        assert LeaseRef("ahead", 1) not in broker.started
+        assert len(it.spawner.children) == 1
+
+
 async def test_expired_before_start_is_handed_back(autojump_clock: MockClock) -> None:
     async with running(slots=1) as it:
         broker = await it.network.accept()

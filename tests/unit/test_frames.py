@@ -68,6 +68,7 @@ broker_frames = st.one_of(
     st.builds(frames.Assignments, st.lists(assignments, max_size=3).map(tuple)),
     st.builds(frames.Taken, lease_tuples),
     st.builds(frames.Draining),
+    st.builds(frames.Stop, lease_tuples),
 )
 
 
@@ -139,6 +140,8 @@ def broker_message(frame: frames.BrokerFrame) -> v1.BrokerFrame:
             return v1.BrokerFrame(taken=v1.Taken(leases=refs(frame.leases)))
         case frames.Draining():
             return v1.BrokerFrame(draining=v1.Draining())
+        case frames.Stop():
+            return v1.BrokerFrame(stop=v1.Stop(leases=refs(frame.leases)))
 
 
 @unhurried

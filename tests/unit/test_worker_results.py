@@ -95,7 +95,7 @@ def test_frames_of_results_are_bounded() -> None:
 
 def test_what_waited_beyond_its_lease_is_handed_back_not_forgotten() -> None:
     """A worker that was stopped for a while may come back before the broker missed it."""
-    backlog = Backlog(lambda: None, lambda: None)
+    backlog = Backlog(lambda: None, lambda: None, lambda: None)
     account = backlog.account("s")
     backlog.accept(account, [Assignment("a", 1, b"", 10_000, None)], 0.0)
     account.lease_until = 30.0

@@ -32,6 +32,7 @@ __all__ = (
     "SetSwitchRequest",
     "SetSwitchResponse",
     "Started",
+    "Stop",
     "Switch",
     "SwitchKind",
     "SwitchSubject",
@@ -277,6 +278,8 @@ class BrokerFrame(betterproto2.Message):
     draining: "Draining | None" = betterproto2.field(
         4, betterproto2.TYPE_MESSAGE, optional=True, group="frame"
     )
+
+    stop: "Stop | None" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, optional=True, group="frame")
 
 
 default_message_pool.register_message("taskd.v1", "BrokerFrame", BrokerFrame)
@@ -540,6 +543,18 @@ class Started(betterproto2.Message):
 
 
 default_message_pool.register_message("taskd.v1", "Started", Started)
+
+
+@dataclass(eq=False, repr=False)
+class Stop(betterproto2.Message):
+    """
+    These leases are over by an operator's order: end what runs under them, start none, report nothing.
+    """
+
+    leases: "list[LeaseRef]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("taskd.v1", "Stop", Stop)
 
 
 @dataclass(eq=False, repr=False)
