@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import trio
-from daemons import DemoFailed, taskd_running
+from demo_daemons import DemoFailed, taskd_running
 from moody_receiver import Receipts, mood_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
