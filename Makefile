@@ -40,7 +40,7 @@ demo-kafka: $(STAMP) ## the same over Kafka (a broker from PyPI, or TASKD_TEST_K
 	@$(BIN)/python plugins/taskd-webhooks/examples/demo.py --log kafka
 
 test: $(STAMP) $(CLIENT)/.installed ## run the tests, Kafka included
-	@$(BIN)/python -m pytest -m "not long"
+	@$(BIN)/python -m pytest -m "not long" -n 2 --dist worksteal
 
 test-kafka: $(STAMP) ## run the Kafka tests on a real Apache Kafka (needs Maven, a JDK 17, openssl)
 	@$(BIN)/python tests/kafka/real_kafka.py $(BIN)/python -m pytest -m "kafka and not long"
