@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.clock import Now
 from taskd.inflight.base import Leaving, Left, Outcome, Settlement
 from taskd.inflight.sqlite import SqliteStore
+
+MAX_LEAVING_BYTES = 16 * 1024 * 1024  # of activations read for one round of publishing
 
 OUTCOMES = {
     Status.COMPLETE: Outcome.COMPLETE,
@@ -70,32 +72,40 @@ class Departures:
         """Rows of demoted namespaces that are to be published, oldest first; `leaving` passes them over."""
         return self._leaving(self._store.run("demoted", limit))
 
-    def _leaving(self, rows: Iterable[Any]) -> list[Leaving]:
-        return [
-            Leaving(
-                id=id_,
-                status=Status(status),
-                activation=activation,
-                record_key=record_key,
-                topic=topic,
-                partition=partition,
-                offset=offset,
-                retry_attempts=retry_attempts,
-                attempts=attempts,
-                dead_letter=bool(dead_letter),
-                namespace=self._store.lanes[lane].namespace,
-                max_attempts=max_attempts,
-                delay_on_retry_s=delay_s,
-                reason=reason or "",
-                error=error or "",
-                received_at_ms=received_at_ms,
-                forward_topic=forward_topic,
+    def _leaving(self, cursor: Any) -> list[Leaving]:
+        """As many of the rows as one round may hold in memory, at least one."""
+        found: list[Leaving] = []
+        left_bytes = MAX_LEAVING_BYTES
+        for (
+            _, id_, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
+            dead_letter, max_attempts, delay_s, reason, error, lane, received_at_ms, forward_topic,
+        ) in cursor:  # fmt: skip
+            left_bytes -= len(activation)
+            if left_bytes < 0 and found:
+                break
+            found.append(
+                Leaving(
+                    id=id_,
+                    status=Status(status),
+                    activation=activation,
+                    record_key=record_key,
+                    topic=topic,
+                    partition=partition,
+                    offset=offset,
+                    retry_attempts=retry_attempts,
+                    attempts=attempts,
+                    dead_letter=bool(dead_letter),
+                    namespace=self._store.lanes[lane].namespace,
+                    max_attempts=max_attempts,
+                    delay_on_retry_s=delay_s,
+                    reason=reason or "",
+                    error=error or "",
+                    received_at_ms=received_at_ms,
+                    forward_topic=forward_topic,
+                )
             )
-            for (
-                _, id_, status, activation, record_key, topic, partition, offset, retry_attempts, attempts,
-                dead_letter, max_attempts, delay_s, reason, error, lane, received_at_ms, forward_topic,
-            ) in rows
-        ]  # fmt: skip
+        cursor.close()
+        return found
 
     def drop(self, row: int, lane: int, before: Status, now: Now, reason: str) -> None:
         """An operator wants this never to run: gone at once, without a dead letter."""

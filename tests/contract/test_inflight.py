@@ -1245,3 +1245,16 @@ async def test_depths_by_partition_are_those_of_what_is_not_finished(store: Infl
         ("taskd", 1, Status.PROCESSING): 1,
         ("other", 0, Status.PENDING): 1,
     }
+
+
+async def test_what_leaves_is_read_in_rounds_that_fit_into_memory(store: Inflight) -> None:
+    large = b"x" * 9_000_000
+    await put(store, "a", "b", "c", activation=large)
+    for lease in await stream(store, 1) + await stream(store, 1) + await stream(store, 1):
+        await say(store, lease, FAILURE)
+    published = []
+    while rows := await store.leaving(100):
+        assert len(rows) == 1  # two of them are beyond what one round reads
+        published += [row.id for row in rows]
+        await store.settle([Settlement(row.id, dead_lettered=True) for row in rows])
+    assert published == ["a", "b", "c"]
