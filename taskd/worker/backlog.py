@@ -83,14 +83,18 @@ class Backlog:
         for job in waiting:
             self._waiting.remove(job)
             account.forget(job)
+        if waiting:
+            self._on_news()  # there is room for other work
         if len(waiting) < len(stopped):
             self._on_stop()
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Jobs a child did not start go before all others: they came first."""
-        for job in jobs:
-            if job.stopped:
-                job.account.forget(job)
+        stopped = [job for job in jobs if job.stopped]
+        for job in stopped:
+            job.account.forget(job)
+        if stopped:
+            self._on_news()  # there is room for other work
         jobs = [job for job in jobs if not job.stopped]
         if self.closed:
             for job in jobs:

@@ -101,3 +101,19 @@ def test_what_waited_beyond_its_lease_is_handed_back_not_forgotten() -> None:
     account.lease_until = 30.0
     assert backlog.take(1, 1, 31.0) == []
     assert account.news() == [HandBack((LeaseRef("a", 1),))]
+
+
+def test_room_made_by_a_stop_is_news_to_the_links() -> None:
+    """Without, the worker would ask for no work until its next heartbeat."""
+    news: list[str] = []
+    backlog = Backlog(lambda: None, lambda: news.append("news"), lambda: None)
+    account = backlog.account("s")
+    backlog.accept(account, [Assignment(id_, 1, b"", 10_000, None) for id_ in ("waits", "begins")], 0.0)
+    (begins,) = backlog.take(1, 2, 0.0)
+    waits = LeaseRef("begins" if begins.lease.id == "waits" else "waits", 1)
+    backlog.stop(account, [waits])
+    assert news == ["news"]
+    backlog.stop(account, [begins.lease])
+    backlog.put_back([begins])
+    assert news == ["news"] * 2
+    assert backlog.jobs_count == 0
