@@ -9,11 +9,13 @@ import trio
 
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import logs
-from taskd.errors import LogUnavailable
+from taskd.errors import ConfigError, LogUnavailable
 from taskd.inflight.switches import DemotedTo
 from taskd.inflight.writer import Inflight
 from taskd.log.base import Log, Outgoing, Position, Publish
 from taskd.log.kafka import KafkaLog, Security
+
+ENSURE_WITHIN_S = 15.0  # to create the topic; then the target is looked at again, it may be another by now
 
 log = structlog.get_logger("taskd.broker")
 
@@ -36,6 +38,9 @@ class Demoting:
 
     def refusal(self, target: DemotedTo) -> str:
         """Why nothing may be forwarded there, or nothing: what this broker reads itself would go round."""
+        servers = None if target.cluster is None else _servers(target.cluster)
+        if servers is not None and not (servers and all(map(_is_server, servers))):
+            return f"demoted_topic_cluster: expected host:port, comma separated, found `{target.cluster}`"
         topic = self._config.log.topics.get(target.topic)
         if topic is None or not topic.consumed:
             return ""
@@ -63,11 +68,16 @@ class Demoting:
             self._asked = trio.Event()
             wanted, self._connection = self._wanted, trio.CancelScope()
             with self._connection:
-                other = KafkaLog(
-                    wanted,
-                    security=self._security(wanted),
-                    max_message_bytes=self._config.log.max_record_bytes,
-                )
+                try:
+                    other = KafkaLog(
+                        wanted,
+                        security=self._security(wanted),
+                        max_message_bytes=self._config.log.max_record_bytes,
+                    )
+                except ConfigError as error:  # a file of its TLS is gone; the rest of the broker goes on
+                    log.error("cannot connect to where demoted rows go", cluster=wanted, error=str(error))
+                    self._wanted = ""  # the next record asks again
+                    continue
                 async with other.open_writer() as writer:
                     log.info("demoted namespaces go to another cluster", cluster=wanted)
                     self._other = (wanted, other, writer.append)
@@ -84,8 +94,15 @@ class Demoting:
             self._ask_for(target.cluster)
             raise LogUnavailable(f"not connected to {target.cluster} yet")
         if self._config.log.create_missing_topics and target not in self._ensured:
-            await there.ensure_topics({target.topic: self._config.log.default_partitions})
-            self._ensured.add(target)
+            # Kafka's waits while its cluster is away, which a mistyped address is for ever.
+            with trio.move_on_after(ENSURE_WITHIN_S):
+                await there.ensure_topics({target.topic: self._config.log.default_partitions})
+                self._ensured.add(target)
+            if target not in self._ensured:
+                raise LogUnavailable(
+                    f"topic {target.topic} on {target.cluster or 'the cluster of the dead letters'} "
+                    f"could not be looked up within {ENSURE_WITHIN_S:g} s"
+                )
         return publish
 
     def _ask_for(self, cluster: str) -> None:
@@ -95,12 +112,19 @@ class Demoting:
             self._asked.set()
 
     def _security(self, cluster: str) -> Security:
-        """Of the declared cluster with that address; credentials are shown to no other."""
+        """Of the declared cluster that has all these servers; credentials are shown to no other."""
         for declared in self._config.log.clusters.values():
-            if _servers(declared.address) & _servers(cluster):
+            if _servers(cluster) <= _servers(declared.address):
                 return logs.security_of(declared)
         return Security()
 
 
 def _servers(address: str) -> set[str]:
-    return {server.strip().lower() for server in address.split(",")}
+    return {server.strip().lower() for server in address.split(",")} - {""}
+
+
+def _is_server(address: str) -> bool:
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return True  # Kafka's own port is meant
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65_536
