@@ -25,7 +25,7 @@ from taskd import aio
 from taskd.errors import StartupError
 from taskd.rpc.answer import Call, Limits
 from taskd.rpc.auth import Guard
-from taskd.rpc.base import MAX_MESSAGE_BYTES, Headers, Services
+from taskd.rpc.base import MAX_MESSAGE_BYTES, Headers, Services, Unary
 from taskd.rpc.connection import Flusher, Protocol, configuration
 from taskd.rpc.exchange import Exchange
 from taskd.rpc.limits import (
@@ -42,6 +42,7 @@ from taskd.rpc.local import open_unix_listener
 
 log = structlog.get_logger("taskd.rpc")
 
+ANSWERS_S = 0.5  # for calls that run when the server stops
 UNWIND_S = 5.0  # for handlers to unwind and tell their callers, before connections are closed all the same
 BACKLOG = 1024
 KEEPALIVE = Keepalive()
@@ -68,7 +69,7 @@ class _Server:
         self.nursery = nursery
         self.stopping = False
         self.calls: set[Call] = set()
-        self.idle = trio.lowlevel.ParkingLot()
+        self.ended = trio.lowlevel.ParkingLot()
         self._tls = tls
         self._max_connections = max_connections
         self._turned_away = 0
@@ -141,19 +142,25 @@ class _Server:
         finally:
             self.calls.discard(call)
             call.exchange.connection.calls -= 1
-            if not self.calls:
-                self.idle.unpark_all()
+            self.ended.unpark_all()
 
     async def stop(self) -> None:
-        """End every call, say goodbye on every connection. Nobody can make it hang."""
+        """End every call, say goodbye on every connection. Nobody can make it hang.
+
+        What was asked already is answered, as far as that is quick: the last report of a drain ends
+        the drain, and must still learn that it was taken.
+        """
         with trio.CancelScope(shield=True):
             self.stopping = True
+            with trio.move_on_after(ANSWERS_S):
+                while any(isinstance(self.services.get(call.path), Unary) for call in self.calls):
+                    await self.ended.park()
             self._accepting.cancel()
             for call in self.calls:
                 call.scope.cancel()
             with trio.move_on_after(UNWIND_S):
                 while self.calls:
-                    await self.idle.park()
+                    await self.ended.park()
             if self.calls:
                 log.warning("calls outlived the server", paths=sorted(call.path for call in self.calls))
             async with trio.open_nursery() as nursery:

@@ -178,6 +178,31 @@ async def test_stopping_is_prompt_whatever_clients_do(state: str) -> None:
             await client_scope.__aexit__(None, None, None)
 
 
+async def test_what_was_asked_before_the_stop_is_answered() -> None:
+    """The report that ends a broker's drain is itself such a call."""
+    asked, stopping = trio.Event(), trio.Event()
+
+    async def report(request: bytes) -> bytes:
+        asked.set()
+        await stopping.wait()
+        await trio.sleep(0.01)  # its commit
+        return b"taken"
+
+    answers: list[bytes] = []
+
+    async def ask(port: int) -> None:
+        async with connect(f"127.0.0.1:{port}") as client:
+            answers.append(await client.call("/test/Report", b"", timeout_s=GENEROUS_S))
+
+    async with aio.open_loop(), trio.open_nursery() as nursery:
+        nursery.cancel_scope.deadline = trio.current_time() + GENEROUS_S
+        async with serve({"/test/Report": Unary(report)}, "127.0.0.1", 0) as port:
+            nursery.start_soon(ask, port)
+            await asked.wait()
+            stopping.set()
+    assert answers == [b"taken"]
+
+
 async def test_a_client_comes_back_after_a_restart() -> None:
     async with aio.open_loop():
         async with serve(SERVICES, "127.0.0.1", 0) as port:
