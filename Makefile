@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CLIENT := .venv-client
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help demo demo-kafka test test-kafka torture-rebalance test-all check fmt proto clean setup
+.PHONY: help demo demo-kafka test retest test-kafka torture-rebalance test-all check fmt proto clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ demo-kafka: $(STAMP) ## the same over Kafka (a broker from PyPI, or TASKD_TEST_K
 
 test: $(STAMP) $(CLIENT)/.installed ## run the tests, Kafka included
 	@$(BIN)/python -m pytest -m "not long" -n 2 --dist worksteal
+
+retest: $(STAMP) $(CLIENT)/.installed ## run again what failed in the last run
+	@$(BIN)/python -m pytest -m "not long" --last-failed --last-failed-no-failures none
 
 test-kafka: $(STAMP) ## run the Kafka tests on a real Apache Kafka (needs Maven, a JDK 17, openssl)
 	@$(BIN)/python tests/kafka/real_kafka.py $(BIN)/python -m pytest -m "kafka and not long"
