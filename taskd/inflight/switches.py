@@ -201,6 +201,8 @@ class Switches:
                     dropped += 1
                     if runs:
                         stopped.append((holder, Ref(id_, fence)))
+                    if read_bytes > READ_BYTES:
+                        break
                     continue
             if gate.demoted and not runs:
                 self._departures.forward(row, lane_number, status, None, DEMOTED)

@@ -410,3 +410,14 @@ async def test_no_walk_hands_out_what_is_switched_off_or_loses_what_is_not(
     for namespace in ("mail", "chat"):  # in the order they came
         order = [int(id_[1:]) for id_ in found if task_of[id_][0] == namespace]
         assert order == sorted(order)
+
+
+async def test_a_round_is_bounded_by_bytes_also_when_all_of_it_is_dropped(
+    store: Inflight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(switches_module, "READ_BYTES", 1_000)
+    await put(store, *(f"id{n}" for n in range(6)), args=["x" * 600])
+    await store.put_switch(Switch(KILL, taskname="send"))
+    looked = await store.apply_switches(0, 100)
+    assert (looked.rows, looked.dropped) == (2, 2)
+    assert await apply_all(store, 100) == (4, 0)
