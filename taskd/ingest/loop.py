@@ -21,6 +21,7 @@ from taskd.telemetry import metrics
 
 READ_WAIT_S = 5.0  # how long one read waits for records; bounds how stale `last_progress` gets
 NAMED_AT_MOST = 5  # ids in a log line
+GO_BACK_RETRY_S = 0.5
 STORE_RETRY_S = (0.1, 5.0)  # first and longest pause after the store failed
 
 log = structlog.get_logger("taskd.ingest")
@@ -48,6 +49,8 @@ class Ingest:
         self._decode = decode
         self._overflow = overflow
         self._flushing = trio.Lock()
+        self._revoked: Counter[Partition] = Counter()  # how often each was taken away
+        self._left: dict[Partition, int] = {}  # read, but not stored since it was revoked: first offsets
         self._owed: dict[Partition, int] = {}  # offsets of durable rows that the log has not taken yet
         self._stopped = False
         self._waiting = trio.CancelScope()
@@ -82,19 +85,26 @@ class Ingest:
     async def _read_once(self) -> None:
         self._progress()
         await self._settle_owed()
+        await self._go_back()
         records: list[Record] = []
         arrivals = None
+        revoked_before: dict[Partition, int] = {}
         with self._unless_stopped():
             limit = await self._wait_for_room()
             records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
+            revoked_before = {record.partition: self._revoked[record.partition] for record in records}
             if records:
                 # Not while flushing: a revocation need not wait until there is room.
                 arrivals = await self._admitted([self._decode(record) for record in records])
         if arrivals is None:
             return  # nothing came, or stopped while there was no room: not committed, so it is read again
         async with self._flushing:
-            # What was revoked since it was read is read again by whoever has it now.
-            mine = self._reader.assigned
+            # What was revoked since it was read is read again by whoever has it now, be it this reader
+            # again: others may have gone on meanwhile, so it begins where the group is.
+            mine = {p for p in self._reader.assigned if revoked_before.get(p) == self._revoked[p]}
+            for record in records:
+                if record.partition not in mine:
+                    self._left.setdefault(record.partition, record.offset)
             await self._store(
                 [record for record in records if record.partition in mine],
                 [arrival for arrival in arrivals if Partition(arrival.topic, arrival.partition) in mine],
@@ -108,6 +118,19 @@ class Ingest:
         self._owed.update({record.partition: record.offset + 1 for record in records})
         await self._commit()
         self._progress()
+
+    async def _go_back(self) -> None:
+        """Read what was left out from where the group is; where it is nowhere yet, from what was left out."""
+        for partition, offset in list(self._left.items()):
+            if partition in self._reader.assigned:
+                try:
+                    committed = await self._reader.committed(partition)
+                    await self._reader.seek(partition, offset if committed is None else committed)
+                except LogUnavailable as error:
+                    log.warning("cannot go back, trying again", partition=str(partition), error=str(error))
+                    await trio.sleep(GO_BACK_RETRY_S)
+                    continue
+            del self._left[partition]
 
     async def _settle_owed(self) -> None:
         """Commit again what failed. Without a next batch nobody else would, until the tombstones are gone."""
@@ -153,6 +176,7 @@ class Ingest:
                 partitions=sorted(str(partition) for partition in change.partitions),
             )
             if isinstance(change, Revoked):
+                self._revoked.update(change.partitions)
                 async with self._flushing:  # what was read before is stored and committed now
                     for partition in change.partitions:
                         self._owed.pop(partition, None)

@@ -179,3 +179,27 @@ async def test_activations_of_one_namespace_keep_their_order_and_none_blocks_ano
     assert "calm" in handed_out[:2]
     hot = [id_ for id_ in handed_out if id_ != "calm"]
     assert hot == [f"hot{n}" for n in range(9)]
+
+
+async def test_a_batch_that_waited_while_its_partition_was_elsewhere_is_not_stored(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any
+) -> None:
+    log = MemoryLog(2, clock=TrioClock())
+    async with open_broker(tmp_path, log, limits=Limits(max_delay_count=8)) as broker:
+        await broker.produce(*(broker.activation(f"full{n}", delay=60) for n in range(8)))
+        await trio.sleep(1)
+        await broker.produce(*(broker.activation(f"held{n}", delay=60) for n in range(8)))
+        await trio.sleep(6)  # these are read, and wait for room
+        async with log.open_reader(["taskd"], "taskd") as other:
+            await trio.sleep(1)
+            (partition,) = other.assigned
+            seen = await other.read_batch(50, 1)
+            await broker.produce(*(broker.activation(f"later{n}", delay=60) for n in range(20)))
+            seen += await other.read_batch(50, 1)
+            await other.commit({partition: seen[-1].offset + 1})
+        for _ in range(600):
+            await trio.sleep(1)
+            assert (await broker.reader.committed(partition) or 0) > seen[-1].offset
+        stored = await broker.inflight.describe([scan(record.value).id for record in seen])
+        assert [found.id for found in stored if found.status is not None] == []
+        assert broker.inflight.counts()[Status.PENDING] == 36 - len(seen)  # all the others came, once
