@@ -87,7 +87,9 @@ async def test_kafka_that_appears_later(free_port: int) -> None:
             with trio.fail_after(WITHIN_S):
                 await ensured.wait()
             (position,) = await writer.append([Outgoing("t", b"v")])
-            assert position == Position(Partition("t", 0), 0)
+            # Which partition depends on who asked for the topic first: asking may create it, with more of them.
+            assert isinstance(position, Position)
+            assert (position.partition.topic, position.offset) == ("t", 0)
             assert (await read_one(reader)).value == b"v"
             assert reader.healthy
 
