@@ -87,7 +87,7 @@ async def test_kafka_that_appears_later(free_port: int) -> None:
             with trio.fail_after(WITHIN_S):
                 await ensured.wait()
             (position,) = await writer.append([Outgoing("t", b"v")])
-            # Which partition depends on who asked for the topic first: asking may create it, with more of them.
+            # Which partition depends on who asked for the topic first: asking may create it, with several.
             assert isinstance(position, Position)
             assert (position.partition.topic, position.offset) == ("t", 0)
             assert (await read_one(reader)).value == b"v"
