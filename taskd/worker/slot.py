@@ -112,8 +112,8 @@ class Slot:
         """End what was stopped by an operator: a running task with its child, others before they begin."""
         if self._child is None:
             return
-        if any(job.stopped for number, job in self._inside.items() if number != self._running):
-            self.recall()
+        if any(job.stopped for job in self._inside.values()):
+            self.recall()  # also before a kill: what is queued behind must not begin in a child that dies
         if self._running is not None and self._inside[self._running].stopped:
             self._child.kill()
 
