@@ -15,7 +15,7 @@ from taskd.activation.retry import (
 )
 from taskd.tasks import internal as _internal  # noqa: F401  # registers its tasks
 from taskd.tasks import outbox as _outbox
-from taskd.tasks.current import CurrentTask, current_task, retry_task
+from taskd.tasks.current import CurrentTask, current_task, heartbeat, retry_task
 from taskd.tasks.namespace import TaskNamespace, instrumented_task
 from taskd.tasks.task import Task
 
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "configure",
     "current_task",
+    "heartbeat",
     "instrumented_task",
     "retry_task",
 ]
