@@ -24,9 +24,7 @@ from taskd.errors import PeerError, PeerUnreachable, Refused, StoreError
 from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Report, ReportStatus
 from taskd.inflight.writer import Inflight
 from taskd.telemetry import metrics
-from taskd.wire.pushing import PUSH_TASK, encode_push
-
-MAX_PUSH_BYTES = 52 * 1024 * 1024  # of one message to a worker, as existing workers take
+from taskd.wire.pushing import MAX_PUSH_BYTES, PUSH_TASK, encode_push
 
 log = structlog.get_logger("taskd.dispatch")
 

@@ -1,17 +1,22 @@
 """Requests and replies of `sentry_protos.taskbroker.v1.ConsumerService`, coded by hand.
 
-A reply embeds the stored activation as it is, so that fields unknown to us reach the worker.
+A reply embeds the stored activation as it is, so that fields unknown to us reach the worker. The broker
+decodes requests and encodes replies; a worker of the plain protocol does the reverse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskd.errors import Undecodable
 from taskd.wire.envelope import MAX_DURATION_S, UINT32_MAX
-from taskd.wire.protobuf import LENGTH, VARINT, bytes_field, fields
+from taskd.wire.protobuf import LENGTH, VARINT, bytes_field, fields, text_field, varint_field
 
 SERVICE = "sentry_protos.taskbroker.v1.ConsumerService"
+GET_TASK = f"/{SERVICE}/GetTask"
+SET_TASK_STATUS = f"/{SERVICE}/SetTaskStatus"
+SET_BATCH_STATUS = f"/{SERVICE}/SetBatchActivationStatus"
 FAILURE, RETRY, COMPLETE = 3, 4, 5  # of TaskActivationStatus
 
 
@@ -80,6 +85,44 @@ def decode_status_batch(raw: bytes) -> list[StatusUpdate]:
 def encode_task(activation: bytes | None) -> bytes:
     """GetTaskResponse and SetTaskStatusResponse, which have the same field."""
     return b"" if activation is None else bytes_field(1, activation)
+
+
+# ---- what a worker says and hears
+
+
+def encode_filter(wanted: Filter) -> bytes:
+    """GetTaskRequest and FetchNextTask. An empty text is sent too: it is not the same as none."""
+    raw = b"" if wanted.namespace is None else text_field(1, wanted.namespace)
+    return raw if wanted.application is None else raw + text_field(2, wanted.application)
+
+
+def encode_status_update(update: StatusUpdate) -> bytes:
+    """SetTaskStatusRequest."""
+    raw = text_field(1, update.id) + varint_field(2, update.status)
+    if update.fetch_next is not None:
+        raw += bytes_field(3, encode_filter(update.fetch_next))
+    if update.max_attempts is not None:
+        raw += varint_field(4, update.max_attempts)
+    if update.delay_on_retry_s is not None:
+        raw += varint_field(5, update.delay_on_retry_s)
+    return raw
+
+
+def encode_status_batch(updates: Iterable[StatusUpdate]) -> bytes:
+    """SetBatchActivationStatusRequest."""
+    return b"".join(bytes_field(1, encode_status_update(update)) for update in updates)
+
+
+def decode_task(raw: bytes) -> bytes | None:
+    """The activation in a GetTaskResponse, SetTaskStatusResponse or PushTaskRequest, as it came.
+
+    None when there is none. Raises Undecodable.
+    """
+    task: bytes | None = None
+    for number, wire_type, value, _, _ in fields(raw):
+        if number == 1 and wire_type == LENGTH and isinstance(value, bytes):
+            task = (task or b"") + value  # parts of one message, merged by concatenation
+    return task
 
 
 def _text(value: bytes) -> str:

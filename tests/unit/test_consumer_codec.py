@@ -14,6 +14,10 @@ from taskd.wire.consumer import (
     decode_filter,
     decode_status_batch,
     decode_status_update,
+    decode_task,
+    encode_filter,
+    encode_status_batch,
+    encode_status_update,
     encode_task,
 )
 from taskd.wire.envelope import MAX_DURATION_S
@@ -21,6 +25,7 @@ from taskd.wire.generated.sentry_protos.taskbroker.v1 import (
     FetchNextTask,
     GetTaskRequest,
     GetTaskResponse,
+    PushTaskRequest,
     SetBatchActivationStatusRequest,
     SetTaskStatusRequest,
     SetTaskStatusResponse,
@@ -28,6 +33,7 @@ from taskd.wire.generated.sentry_protos.taskbroker.v1 import (
     TaskActivationStatus,
 )
 from taskd.wire.protobuf import UINT64_MAX, bytes_field, text_field, varint_field
+from taskd.wire.pushing import decode_push, encode_push
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -62,12 +68,14 @@ def test_a_filter(wanted: Filter) -> None:
     for kind in (GetTaskRequest, FetchNextTask):
         request = kind(namespace=wanted.namespace, application=wanted.application)
         assert decode_filter(bytes(request)) == wanted
+        assert kind.parse(encode_filter(wanted)) == request
 
 
 @unhurried
 @given(updates)
 def test_a_status_update(update: StatusUpdate) -> None:
     assert decode_status_update(bytes(message(update))) == update
+    assert SetTaskStatusRequest.parse(encode_status_update(update)) == message(update)
 
 
 @unhurried
@@ -75,6 +83,7 @@ def test_a_status_update(update: StatusUpdate) -> None:
 def test_a_batch_of_status_updates(batch: list[StatusUpdate]) -> None:
     request = SetBatchActivationStatusRequest(updates=[message(update) for update in batch])
     assert decode_status_batch(bytes(request)) == batch
+    assert SetBatchActivationStatusRequest.parse(encode_status_batch(batch)) == request
 
 
 @pytest.mark.parametrize("kind", [GetTaskResponse, SetTaskStatusResponse])
@@ -87,6 +96,22 @@ def test_a_task_is_embedded_as_it_is(kind: type[GetTaskResponse | SetTaskStatusR
     assert parsed is not None
     assert (parsed.id, parsed.taskname, parsed.application) == ("a", "t", "")
     assert encode_task(None) == bytes(kind())
+    assert decode_task(reply) == raw
+    assert decode_task(bytes(kind(task=activation))) == bytes(activation)
+    assert decode_task(bytes(kind())) is None
+    assert decode_task(bytes_field(1, b"")) == b""
+    with pytest.raises(Undecodable):
+        decode_task(reply[:-1])
+
+
+def test_what_is_pushed_is_embedded_as_it_is() -> None:
+    raw = bytes(TaskActivation(id="a", taskname="t")) + text_field(99, "unknown to us")
+    assert decode_push(encode_push(raw)) == raw
+    request = bytes(PushTaskRequest(task=TaskActivation(id="a", taskname="t"))) + text_field(2, "http://old")
+    assert decode_push(request) == bytes(TaskActivation(id="a", taskname="t"))
+    for nothing in (b"", text_field(2, "http://old"), encode_push(raw)[:-1]):
+        with pytest.raises(Undecodable):
+            decode_push(nothing)
 
 
 def test_statuses_are_those_of_the_contract() -> None:
@@ -146,7 +171,7 @@ def test_noise(raw: bytes, mutations: list[tuple[int, int]], length: int) -> Non
         mutated[position % len(mutated)] = byte
     noisy = bytes(mutated)
     for request in (noisy, noisy[: length % len(noisy)], bytes_field(1, noisy)):
-        for decode in (decode_filter, decode_status_update, decode_status_batch):
+        for decode in (decode_filter, decode_status_update, decode_status_batch, decode_task, decode_push):
             try:
                 decode(request)
             except Undecodable:
