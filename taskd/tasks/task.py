@@ -43,7 +43,11 @@ class TaskOptions(TypedDict, total=False):
 
 
 class Task(Generic[P, R]):
-    """Made by `TaskNamespace.register`. Calling it runs the function here and now."""
+    """Made by `TaskNamespace.register`. Calling it runs the function here and now.
+
+    An `async def` function is called with Trio: calling it here gives its coroutine, and workers run it
+    in a child process that runs many of them at once.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Task(Generic[P, R]):
         _check_exception_types(silenced_exceptions, f"{what}: silenced_exceptions")
         functools.update_wrapper(self, function)
         self.function = function
+        self.is_async = inspect.iscoroutinefunction(function)
         self.name = name
         self.namespace = namespace
         self.retry = _policy(what, retry, namespace.retry, at_most_once)
@@ -151,7 +156,7 @@ class Task(Generic[P, R]):
         )
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], headers: Mapping[str, str]) -> object:
-        """Call the function as an activation asks for; for what runs tasks."""
+        """Call the function as an activation asks for; for what runs tasks. A coroutine if `is_async`."""
         extra = {"headers": dict(headers)} if self.pass_headers else {}
         function: Callable[..., object] = self.function
         return function(*args, **{**kwargs, **extra})
@@ -180,12 +185,7 @@ def _name(function: Callable[..., object]) -> str:
 def _check_function(function: Callable[..., object], what: str, pass_headers: bool) -> None:
     if not callable(function):
         raise TypeError(f"{what}: expected a function, found {function!r}")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(
-            f"{what}: {_name(function)} is async, and workers run plain functions; "
-            "make it `def` and run the async part inside, as in `trio.run(...)`"
-        )
-    if inspect.isgeneratorfunction(function):
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(f"{what}: {_name(function)} is a generator, calling it would run nothing of its body")
     if pass_headers:
         parameters = inspect.signature(function).parameters

@@ -142,7 +142,8 @@ def _call(run: entry_run.Run) -> tuple[pipe.Verdict, bool]:
     if isinstance(returned, CoroutineType):
         returned.close()
         return entry_run.failure(
-            "error", f"{run.task} returned a coroutine, which nobody runs; make it a plain function"
+            "error",
+            f"{run.task} returned a coroutine, which nobody runs; make the outermost function `async def`",
         ), False
     return entry_run.COMPLETE, False
 

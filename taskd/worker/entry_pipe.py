@@ -53,10 +53,22 @@ class Verdict(NamedTuple):
     delay_on_retry_s: int | None = None
 
 
+class KnownTask(NamedTuple):
+    """A task that was registered. `is_async`: only a child with an event loop can run it."""
+
+    application: str
+    namespace: str
+    taskname: str
+    is_async: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.namespace}:{self.taskname}"
+
+
 class Ready(NamedTuple):
     """The child can work. `failures`: what could not be imported, and why."""
 
-    tasks: tuple[str, ...]
+    tasks: tuple[KnownTask, ...]
     failures: tuple[tuple[str, str], ...] = ()
 
 
@@ -172,8 +184,11 @@ def decode_report(frame: bytes) -> Report:
         if kind == _EXPIRED:
             return Expired(_number(parts[0]))
         if kind == _READY:
-            names, failures = parts
-            return Ready(tuple(map(str, names)), tuple((str(where), str(why)) for where, why in failures))
+            tasks, failures = parts
+            return Ready(
+                tuple(_known_task(task) for task in tasks),
+                tuple((str(where), str(why)) for where, why in failures),
+            )
     except (IndexError, TypeError, ValueError) as error:
         raise ProtocolViolation(f"a malformed report: {error}") from None
     raise ProtocolViolation(f"a report of unknown kind {kind!r:.40}")
@@ -183,6 +198,12 @@ def _number(value: object) -> int:
     if not isinstance(value, int) or value < 0:
         raise TypeError(f"expected a number, found {value!r:.40}")
     return value
+
+
+def _known_task(parts: object) -> KnownTask:
+    if not isinstance(parts, list) or list(map(type, parts)) != [str, str, str, bool]:
+        raise TypeError("a task that is not (application, namespace, name, is async)")
+    return KnownTask(*parts)
 
 
 def _verdict(parts: object) -> Verdict:

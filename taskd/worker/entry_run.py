@@ -34,6 +34,7 @@ _STATUS = {
     "retry": int(ResultStatus.RETRY),
 }
 _OURS = ("__main__", "taskd.worker.entry", "taskd.worker.entry_run", "taskd.tasks.task")
+_ASYNC_ELSEWHERE = "the task is async, and this pool runs none: set its `async_slots`"
 COMPLETE = pipe.Verdict(_STATUS["complete"])
 
 assert internal  # imported to register its tasks
@@ -82,8 +83,11 @@ def load_tasks(modules: Sequence[str]) -> pipe.Ready:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:
             failures.append((f"module {module}", describe(error)))
-    names = (f"{task.namespace.name}:{task.name}" for task in registry.registered())
-    return pipe.Ready(tuple(names), tuple(failures))
+    tasks = (
+        pipe.KnownTask(task.namespace.application, task.namespace.name, task.name, task.is_async)
+        for task in registry.registered()
+    )
+    return pipe.Ready(tuple(tasks), tuple(failures))
 
 
 def flush_prints() -> None:
@@ -97,8 +101,8 @@ def flush_prints() -> None:
 # ---- one activation
 
 
-def prepare(activation: bytes) -> Run | pipe.Verdict:
-    """What to run; a verdict when there is nothing of this kind here, or the bytes are no activation."""
+def prepare(activation: bytes, *, is_async: bool = False) -> Run | pipe.Verdict:
+    """What to run; a verdict when the bytes are no activation, or name no task of this kind of child."""
     try:
         body = scan_call(activation)
         task = registry.find(body.application, body.namespace, body.taskname)
@@ -106,6 +110,8 @@ def prepare(activation: bytes) -> Run | pipe.Verdict:
         return failure("unknown_task", str(error))
     except Undecodable as error:
         return failure("undecodable", str(error))
+    if task.is_async != is_async:
+        return failure("wrong_child", _ASYNC_ELSEWHERE if task.is_async else f"{task} is not async")
     policy = None if body.at_most_once else task.retry
     return Run(task, body, policy, _verdict(decide(policy, body.attempts, TimedOut()), ""))
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,26 @@ def issues() -> TaskNamespace:
     return TaskNamespace("issues", application="monitor", retry=Retry(times=2), expires=600)
 
 
+async def test_calling_an_async_task_gives_its_coroutine(issues: TaskNamespace) -> None:
+    @issues.register(name="double")
+    async def double(number: int) -> int:
+        return number * 2
+
+    assert double.is_async
+    result: int = await double(4)
+    assert result == 8
+
+
+def test_an_async_task_is_sent_like_any_other(issues: TaskNamespace, sent: list[tuple[Call, bool]]) -> None:
+    @issues.register(name="double")
+    async def double(number: int) -> int:
+        return number * 2
+
+    id_: str = double.delay(4)
+    ((call, wait),) = sent
+    assert (call.id, call.args, wait) == (id_, (4,), True)
+
+
 def test_calling_a_task_runs_it_here(issues: TaskNamespace) -> None:
     @issues.register(name="double")
     def double(number: int) -> int:
@@ -57,6 +77,7 @@ def test_calling_a_task_runs_it_here(issues: TaskNamespace) -> None:
     assert result == 8
     assert (double.__name__, double.__doc__) == ("double", "Twice.")
     assert str(double) == "task issues:double"
+    assert not double.is_async
 
 
 def test_delay_sends_the_call(issues: TaskNamespace, sent: list[tuple[Call, bool]]) -> None:
@@ -161,15 +182,16 @@ class TestAtMostOnce:
 
 
 def test_what_cannot_be_a_task_is_refused_with_a_sentence(issues: TaskNamespace) -> None:
-    async def later() -> None: ...
-
     def several() -> Iterator[int]:
         yield 1
 
-    with pytest.raises(TypeError, match=r"later is async.*make it `def`"):
-        issues.register(name="a")(later)
+    async def several_later() -> AsyncIterator[int]:
+        yield 1
+
     with pytest.raises(TypeError, match="several is a generator"):
         issues.register(name="a")(several)
+    with pytest.raises(TypeError, match="several_later is a generator"):
+        issues.register(name="a")(several_later)
     with pytest.raises(TypeError, match="takes no `headers` keyword"):
         issues.register(name="a", pass_headers=True)(lambda: None)
     with pytest.raises(TypeError, match="the task's name: expected text"):

@@ -13,8 +13,9 @@ numbers = st.integers(0, 2**32)
 texts = st.text(max_size=100)
 optional = st.none() | numbers
 verdicts = st.builds(pipe.Verdict, st.integers(1, 4), texts, texts, optional, optional)
+tasks = st.builds(pipe.KnownTask, texts, texts, texts, st.booleans())
 reports = st.one_of(
-    st.builds(pipe.Ready, st.lists(texts).map(tuple), st.lists(st.tuples(texts, texts)).map(tuple)),
+    st.builds(pipe.Ready, st.lists(tasks).map(tuple), st.lists(st.tuples(texts, texts)).map(tuple)),
     st.builds(pipe.Started, numbers, verdicts, st.booleans()),
     st.builds(pipe.Done, numbers, verdicts, numbers, st.booleans()),
     st.builds(pipe.Expired, numbers),
@@ -67,6 +68,8 @@ def test_junk_raises_nothing_but_protocol_violation(junk: bytes) -> None:
         [2, 1, [1, "", "", "x", None], False],
         [3, 1, [1, "", "", None, None]],
         [1, 5, []],
+        [1, ["tests:noop"], []],
+        [1, [["app", "tests", "noop", 0]], []],
         [1, [], [["only one"]]],
         [[], 1],
     ],
