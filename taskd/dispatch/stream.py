@@ -23,7 +23,6 @@ from taskd.wire.frames import LeaseRef
 METHOD = "/taskd.v1.DispatchService/Work"
 HELLO_WITHIN_S = 10.0
 FRAMES_IN_WORK = 16  # frames of one worker whose commits are awaited at once
-MAX_CREDIT = 65_536
 
 log = structlog.get_logger("taskd.dispatch")
 
@@ -123,7 +122,9 @@ class Session:
         self._inflight = dispatch.inflight
         self._stream = stream
         self._hello = hello
-        self._credit = 0
+        self._credit = frames.Credit(0, 0)  # the newest
+        self._sent = 0  # assignments on this stream
+        self._recalled = False  # the worker waits to hear that its smaller credit is seen
         self._sending = trio.Lock()
         self._in_work = trio.Semaphore(FRAMES_IN_WORK)
         self._scope = trio.CancelScope()
@@ -177,37 +178,44 @@ class Session:
             nursery.start_soon(self._announce_drain)
             nursery.start_soon(self._announce_stops)
             while True:
-                limit = min(self._credit, self._dispatch.max_assignments_per_frame)
-                if limit and self._may_claim():
-                    leases = await self._inflight.claim(
-                        ClaimRequest(
-                            limit,
-                            LeaseKind.STREAM,
-                            holder=self._hello.worker_id,
-                            application=self._hello.application,
-                            namespaces=self._hello.namespaces,
-                        )
-                    )
-                    if leases:
-                        await self._hand_out(leases)
-                        continue
-                await wake.wait()
+                credit, recalled = self._credit, self._recalled
+                if leases := await self._claim(credit):
+                    await self._hand_out(leases, credit)
+                elif recalled:
+                    self._recalled = self._credit is not credit
+                    await self._send(frames.Assignments((), credit.number))
+                else:
+                    await wake.wait()
+
+    async def _claim(self, credit: frames.Credit) -> list[Lease]:
+        limit = min(credit.total - self._sent, self._dispatch.max_assignments_per_frame)
+        if limit <= 0 or not self._may_claim():
+            return []
+        return await self._inflight.claim(
+            ClaimRequest(
+                limit,
+                LeaseKind.STREAM,
+                holder=self._hello.worker_id,
+                application=self._hello.application,
+                namespaces=self._hello.namespaces,
+                at_most_once_limit=max(credit.idle_total - self._sent, 0),
+            )
+        )
 
     def _may_claim(self) -> bool:
         if self._dispatch.draining.is_set() or not self._dispatch.hands_out:
             return False
         return self._inflight.claimable(self._hello.application, self._hello.namespaces)
 
-    async def _hand_out(self, leases: list[Lease]) -> None:
+    async def _hand_out(self, leases: list[Lease], credit: frames.Credit) -> None:
         sent = False
         try:
             async with self._sending:
                 # From here on the worker may have it; what it never got, its next hello tells.
                 sent = True
-                self._credit -= len(leases)
-                await self._stream.send(
-                    frames.encode_broker_frame(frames.Assignments(tuple(map(_assignment, leases))))
-                )
+                self._sent += len(leases)
+                items = tuple(map(_assignment, leases))
+                await self._stream.send(frames.encode_broker_frame(frames.Assignments(items, credit.number)))
             metrics.claims.labels("stream").inc(len(leases))
         finally:
             if not sent:
@@ -230,9 +238,11 @@ class Session:
         while (frame := _decoded(await self._stream.receive())) is not None:
             self._dispatch.presence.seen(self._hello.worker_id)
             match frame:
-                case frames.Credit(more=more):
-                    self._credit = min(self._credit + more, MAX_CREDIT)
-                    wake.set()
+                case frames.Credit() as credit:
+                    if credit.number > self._credit.number:
+                        self._recalled |= credit.total < self._credit.total
+                        self._credit = credit
+                        wake.set()
                 case frames.Started(leases=leases):
                     await self._in_work.acquire()
                     nursery.start_soon(self._started, leases)

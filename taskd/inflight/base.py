@@ -122,7 +122,8 @@ class Inserted:
 class ClaimRequest:
     """Who wants how much of what. `application` None: any; `namespaces` empty: any.
 
-    A claim ends early, with one row at least, once its activations have `max_bytes` together.
+    A claim ends early, with one row at least, once its activations have `max_bytes` together, and at the
+    turn of an activation beyond `at_most_once_limit`: the others wait with it, or it might never come.
     """
 
     limit: int
@@ -131,6 +132,7 @@ class ClaimRequest:
     application: str | None = None
     namespaces: tuple[str, ...] = ()
     max_bytes: int = MAX_CLAIM_BYTES
+    at_most_once_limit: int | None = None  # of `limit`; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,10 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What the store knows of one activation; `status` None: it does not know that id."""
+    """What the store knows of one activation; `status` None: it does not know that id.
+
+    From `worker` on: of the lease it is held under, empty when nobody holds it.
+    """
 
     id: str
     status: Status | None = None
@@ -232,3 +237,10 @@ class Description:
     finished_at_ms: int = 0
     reason: str = ""
     error: str = ""
+    worker: str = ""
+    fence: int = 0
+    started_at_ms: int = 0
+    deadline_in_ms: int | None = None  # until the lease ends, unless a heartbeat moves that
+    permille: int | None = None  # of its work that is done, as its last heartbeat said
+    message: str = ""
+    heartbeat_age_ms: int | None = None  # since that heartbeat

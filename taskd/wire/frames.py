@@ -23,6 +23,14 @@ class LeaseRef(NamedTuple):
     fence: int
 
 
+class TaskName(NamedTuple):
+    """A task as its activations name it."""
+
+    application: str
+    namespace: str
+    taskname: str
+
+
 class ResultStatus(IntEnum):
     UNSPECIFIED = 0
     COMPLETE = 1
@@ -31,8 +39,16 @@ class ResultStatus(IntEnum):
     CRASHED = 4
 
 
+class StopReason(IntEnum):
+    UNSPECIFIED = 0
+    CANCELLED = 1  # by an operator's order
+    LOST = 2  # the lease is over: somebody else has the activation, or it is gone
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
+    """`tasks`: what the worker can run; empty: it does not say."""
+
     worker_id: str
     pool: str
     application: str | None = None
@@ -41,11 +57,20 @@ class Hello:
     holding: tuple[LeaseRef, ...] = ()
     version_min: int = VERSION
     version_max: int = VERSION
+    tasks: tuple[TaskName, ...] = ()
+    slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    more: int
+    """How many assignments are welcome in all, counted from the stream's beginning.
+
+    `idle_total`: the same for at_most_once, as far as slots are idle.
+    """
+
+    number: int
+    total: int
+    idle_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +106,18 @@ class HandBack:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskProgress:
+    """A running task's own sign of life. `permille` of its work is done; None: it does not say."""
+
+    id: str
+    fence: int
+    permille: int | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
-    pass
+    tasks: tuple[TaskProgress, ...] = ()
 
 
 WorkerFrame = Hello | Credit | Started | Results | HandBack | Heartbeat
@@ -90,9 +125,12 @@ WorkerFrame = Hello | Credit | Started | Results | HandBack | Heartbeat
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
+    """`max_deadline_ms`: how far after its start a task's own signs of life can move its deadline; 0: any."""
+
     version: int
     store_id: str
     lease_ms: int
+    max_deadline_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +150,10 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Assignments:
+    """`credit`: the number of the newest credit seen."""
+
     assignments: tuple[Assignment, ...]
+    credit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +169,7 @@ class Draining:
 @dataclass(frozen=True, slots=True)
 class Stop:
     leases: tuple[LeaseRef, ...]
+    reason: StopReason = StopReason.UNSPECIFIED
 
 
 BrokerFrame = Welcome | Assignments | Taken | Draining | Stop
@@ -140,7 +182,8 @@ def encode_worker_frame(frame: WorkerFrame) -> bytes:
         case Hello():
             return bytes_field(1, _hello(frame))
         case Credit():
-            return bytes_field(2, _number(1, frame.more))
+            numbers = _number(1, frame.number) + _number(2, frame.total) + _number(3, frame.idle_total)
+            return bytes_field(2, numbers)
         case Started():
             return bytes_field(3, _leases(frame.leases))
         case Results():
@@ -148,22 +191,22 @@ def encode_worker_frame(frame: WorkerFrame) -> bytes:
         case HandBack():
             return bytes_field(5, _leases(frame.leases))
         case Heartbeat():
-            return bytes_field(6, b"")
+            return bytes_field(6, b"".join(bytes_field(1, _progress(task)) for task in frame.tasks))
 
 
 def encode_broker_frame(frame: BrokerFrame) -> bytes:
     match frame:
         case Welcome():
-            body = _number(1, frame.version) + _string(2, frame.store_id) + _number(3, frame.lease_ms)
-            return bytes_field(1, body)
+            return bytes_field(1, _welcome(frame))
         case Assignments():
-            return bytes_field(2, b"".join(bytes_field(1, _assignment(item)) for item in frame.assignments))
+            items = b"".join(bytes_field(1, _assignment(item)) for item in frame.assignments)
+            return bytes_field(2, items + _number(2, frame.credit))
         case Taken():
             return bytes_field(3, _leases(frame.leases))
         case Draining():
             return bytes_field(4, b"")
         case Stop():
-            return bytes_field(5, _leases(frame.leases))
+            return bytes_field(5, _leases(frame.leases) + _number(2, frame.reason))
 
 
 def decode_worker_frame(raw: bytes) -> WorkerFrame:
@@ -233,6 +276,8 @@ def _hello(frame: Hello) -> bytes:
         + b"".join(text_field(6, namespace) for namespace in frame.namespaces)
         + _string(7, frame.store_id)
         + _leases(frame.holding, 8)
+        + b"".join(bytes_field(9, _task_name(task)) for task in frame.tasks)
+        + _number(10, frame.slots)
     )
 
 
@@ -247,7 +292,33 @@ def _read_hello(raw: bytes) -> Hello:
         namespaces=tuple(_decoded(chunk) for chunk in _repeated(raw, 6)),
         store_id=_str(values, 7),
         holding=_read_leases(raw, 8),
+        tasks=tuple(_read_task_name(chunk) for chunk in _repeated(raw, 9)),
+        slots=_uint32(values, 10),
     )
+
+
+def _task_name(task: TaskName) -> bytes:
+    return _string(1, task.application) + _string(2, task.namespace) + _string(3, task.taskname)
+
+
+def _read_task_name(raw: bytes) -> TaskName:
+    values = _values(raw)
+    return TaskName(_str(values, 1), _str(values, 2), _str(values, 3))
+
+
+def _read_credit(raw: bytes) -> Credit:
+    values = _values(raw)
+    return Credit(_int(values, 1), _int(values, 2), _int(values, 3))
+
+
+def _progress(task: TaskProgress) -> bytes:
+    return _lease(task.id, task.fence) + _optional(3, task.permille) + _string(4, task.message)
+
+
+def _read_progress(raw: bytes) -> TaskProgress:
+    values = _values(raw)
+    permille = min(_int(values, 3), 1_000) if 3 in values else None
+    return TaskProgress(_str(values, 1), _int(values, 2), permille, _str(values, 4))
 
 
 def _result(result: Result) -> bytes:
@@ -303,9 +374,28 @@ def _read_assignment(raw: bytes) -> Assignment:
     )
 
 
+def _welcome(frame: Welcome) -> bytes:
+    return (
+        _number(1, frame.version)
+        + _string(2, frame.store_id)
+        + _number(3, frame.lease_ms)
+        + _number(4, frame.max_deadline_ms)
+    )
+
+
 def _read_welcome(raw: bytes) -> Welcome:
     values = _values(raw)
-    return Welcome(version=_uint32(values, 1), store_id=_str(values, 2), lease_ms=_uint32(values, 3))
+    return Welcome(_uint32(values, 1), _str(values, 2), _uint32(values, 3), _int(values, 4))
+
+
+def _read_assignments(raw: bytes) -> Assignments:
+    return Assignments(tuple(_read_assignment(chunk) for chunk in _repeated(raw, 1)), _int(_values(raw), 2))
+
+
+def _read_stop(raw: bytes) -> Stop:
+    number = _uint32(_values(raw), 2)
+    known = number in (StopReason.CANCELLED, StopReason.LOST)
+    return Stop(_read_leases(raw), StopReason(number) if known else StopReason.UNSPECIFIED)
 
 
 def _values(raw: bytes) -> dict[int, int | bytes]:
@@ -347,16 +437,16 @@ def _decoded(value: bytes) -> str:
 
 _WORKER_FRAMES: dict[int, Callable[[bytes], WorkerFrame]] = {
     1: _read_hello,
-    2: lambda raw: Credit(_uint32(_values(raw), 1)),
+    2: _read_credit,
     3: lambda raw: Started(_read_leases(raw)),
     4: lambda raw: Results(tuple(_read_result(chunk) for chunk in _repeated(raw, 1))),
     5: lambda raw: HandBack(_read_leases(raw)),
-    6: lambda raw: Heartbeat(),
+    6: lambda raw: Heartbeat(tuple(_read_progress(chunk) for chunk in _repeated(raw, 1))),
 }
 _BROKER_FRAMES: dict[int, Callable[[bytes], BrokerFrame]] = {
     1: _read_welcome,
-    2: lambda raw: Assignments(tuple(_read_assignment(chunk) for chunk in _repeated(raw, 1))),
+    2: _read_assignments,
     3: lambda raw: Taken(_read_leases(raw)),
     4: lambda raw: Draining(),
-    5: lambda raw: Stop(_read_leases(raw)),
+    5: _read_stop,
 }

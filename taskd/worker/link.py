@@ -21,7 +21,6 @@ from taskd.rpc.base import ClientStream
 from taskd.wire.frames import (
     VERSION,
     Assignments,
-    Credit,
     Draining,
     Heartbeat,
     Hello,
@@ -33,6 +32,7 @@ from taskd.wire.frames import (
     encode_worker_frame,
 )
 from taskd.worker.backlog import Backlog
+from taskd.worker.credit import Offer, StreamCredit
 from taskd.worker.results import Account
 
 log = structlog.get_logger("taskd.worker")
@@ -63,7 +63,7 @@ class Identity:
 
 
 class Link:
-    """Run it with `run`. `credit_wanted(link)`: how many more assignments it should ask for now.
+    """Run it with `run`. `offer(link)`: the credit it should give its broker now, None to leave it.
 
     `on_change`: called when the connection came or went, so that others share the work anew.
     """
@@ -75,18 +75,18 @@ class Link:
         backlog: Backlog,
         *,
         connect: Connector,
-        credit_wanted: Callable[[Link], int],
+        offer: Callable[[Link], Offer | None],
         on_change: Callable[[], None],
         rng: random.Random,
     ) -> None:
         self.address = address
         self.state: State = "connecting"
         self.account: Account | None = None  # of the store that last welcomed us here
-        self.credit = 0  # assignments the broker may still send
+        self.credit = StreamCredit()
         self._identity = identity
         self._backlog = backlog
         self._connect = connect
-        self._credit_wanted = credit_wanted
+        self._offer = offer
         self._on_change = on_change
         self._rng = rng
         self._wake = trio.Event()
@@ -139,7 +139,7 @@ class Link:
         if self.connected and self.account is not None:
             self.account.connection_lost()
         self.state = "down"
-        self.credit = 0
+        self.credit = StreamCredit()
         self._on_change()
 
     # ---- one connection
@@ -184,7 +184,7 @@ class Link:
         self.account.connection_lost()  # tell everything anew: nobody knows what arrived before
         self._sent_at = trio.current_time()
         self.account.lease_until = self._sent_at + self._lease_s
-        self.state, self.credit = "working", 0
+        self.state, self.credit = "working", StreamCredit()
         log.info("broker connected", address=self.address, store_id=welcome.store_id)
         self._on_change()
         return self.account
@@ -192,9 +192,12 @@ class Link:
     async def _receive(self, stream: ClientStream, account: Account) -> None:
         while (body := await stream.receive()) is not None:
             match decode_broker_frame(body):
-                case Assignments(assignments):
-                    self.credit = max(self.credit - len(assignments), 0)
-                    self._backlog.accept(account, assignments, trio.current_time())
+                case Assignments(assignments, credit):
+                    now = trio.current_time()
+                    self.credit.assigned(len(assignments), credit, now)
+                    self._backlog.accept(account, assignments, now)
+                    if not assignments:
+                        self._on_change()  # what it gave back is free for others
                 case Taken(leases):
                     account.taken(leases)
                     self._on_change()
@@ -226,9 +229,8 @@ class Link:
 
     def _frames(self, account: Account) -> list[WorkerFrame]:
         frames = account.news()
-        if self.state == "working" and (more := self._credit_wanted(self)) > 0:
-            self.credit += more
-            frames.append(Credit(more))
+        if self.state == "working" and (offer := self._offer(self)) is not None:
+            frames.append(self.credit.offer(offer.more, offer.idle))
         return frames
 
     async def _send(self, stream: ClientStream, account: Account, frame: WorkerFrame) -> None:

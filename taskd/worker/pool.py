@@ -19,6 +19,7 @@ from taskd.rpc.base import ClientStream
 from taskd.rpc.client import connect
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import ProcessSpawner, Spawner
+from taskd.worker.credit import Offer, share
 from taskd.worker.link import Connector, Identity, Link
 from taskd.worker.pace import Pace
 from taskd.worker.slot import Slot
@@ -89,7 +90,7 @@ class Pool:
                 identity,
                 self._backlog,
                 connect=connect,
-                credit_wanted=self._credit_wanted,
+                offer=self._offer,
                 on_change=self._changed,
                 rng=rng,
             )
@@ -119,20 +120,20 @@ class Pool:
         now = trio.current_time()
         return self._pace.prefetch((slot.running_s(now) for slot in self.slots), self._config.max_prefetch)
 
-    def _credit_wanted(self, link: Link) -> int:
-        """Its share of what is free, less what its broker may send already; small change is left for later.
-
-        Shares are not cut by what other brokers have not sent: an idle broker would then keep slots
-        from a busy one. What comes too much waits, and is handed back when it waits long.
-        """
+    def _offer(self, link: Link) -> Offer | None:
+        """The credit for one link's broker. What comes too much all the same is handed back when it waits."""
         usable = sum(slot.health == "warm" for slot in self.slots)
-        if self._backlog.closed or not usable or self._backlog.untaken_count >= MAX_UNTAKEN:
-            return 0
-        sharing = max(sum(link.state == "working" for link in self.links), 1)
-        capacity = usable + self._prefetch()
-        free = capacity - self._backlog.jobs_count
-        more = -(-free // sharing) - link.credit
-        return more if more >= max(1, capacity // sharing // 4) else 0
+        if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
+            usable = 0
+        held = self._backlog.jobs_count
+        return share(
+            link.credit,
+            [other.credit for other in self.links if other is not link and other.state == "working"],
+            capacity=usable + self._prefetch() if usable else 0,
+            held=held,
+            idle=max(usable - held, 0),
+            now=trio.current_time(),
+        )
 
     # ---- events
 

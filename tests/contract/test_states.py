@@ -51,7 +51,7 @@ def ago(seconds: float) -> datetime:
 def worker(broker: RunningBroker, app: str, credit: int = 1) -> Worker:
     """A connected one on the stream that has asked for `credit` activations."""
     hello = frames.Hello(new_id(), "pool", application=app)
-    opened = Worker(broker, hello, frames.Credit(credit))
+    opened = Worker(broker, hello, frames.Credit(1, credit, credit))
     assert isinstance(opened.receive(), frames.Welcome)
     return opened
 

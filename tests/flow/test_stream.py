@@ -38,6 +38,7 @@ class FakeStream:
 class FakeWorker:
     def __init__(self, stream: FakeStream) -> None:
         self._stream = stream
+        self._credit = frames.Credit(0, 0)
 
     async def say(self, frame: frames.WorkerFrame) -> None:
         await self._stream.outbox.send(frames.encode_worker_frame(frame))
@@ -45,8 +46,15 @@ class FakeWorker:
     async def hear(self) -> frames.BrokerFrame:
         return frames.decode_broker_frame(await self._stream.inbox.receive())
 
-    async def work(self, credit: int) -> tuple[frames.Assignment, ...]:
-        await self.say(frames.Credit(credit))
+    async def offer(self, more: int, idle: int | None = None) -> None:
+        """So many more assignments are welcome, all or `idle` of them at once."""
+        total = self._credit.total + more
+        idle_total = total if idle is None else self._credit.total + idle
+        self._credit = frames.Credit(self._credit.number + 1, total, idle_total)
+        await self.say(self._credit)
+
+    async def work(self, more: int) -> tuple[frames.Assignment, ...]:
+        await self.offer(more)
         frame = await self.hear()
         assert isinstance(frame, frames.Assignments)
         return frame.assignments
@@ -93,7 +101,7 @@ async def test_credit_bounds_assignments_and_results_are_taken(autojump_clock: C
 
 async def test_what_comes_later_is_sent_on_credit_given_before(autojump_clock: Clock, broker: Broker) -> None:
     async with connected(broker) as worker:
-        await worker.say(frames.Credit(5))
+        await worker.offer(5)
         await produce(broker, "a")
         frame = await worker.hear()
         assert isinstance(frame, frames.Assignments)
@@ -228,7 +236,7 @@ async def test_draining_is_announced_and_results_still_taken(autojump_clock: Clo
         (item,) = await worker.work(1)
         broker.draining.set()
         assert await worker.hear() == frames.Draining()
-        await worker.say(frames.Credit(5))
+        await worker.offer(5)
         await worker.say(frames.Results((frames.Result(*item.lease, ResultStatus.COMPLETE),)))
         assert await worker.hear() == frames.Taken((item.lease,))
 

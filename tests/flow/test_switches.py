@@ -198,7 +198,7 @@ async def test_a_worker_is_told_to_stop_what_falls_under_a_killswitch(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(broker.stream.work, worker)
         await worker.say(frames.Hello("w1", "default"))
-        await worker.say(frames.Credit(2))
+        await worker.say(frames.Credit(1, 2))
         await trio.sleep(1)
         leases = [
             item.lease for f in worker.heard if isinstance(f, frames.Assignments) for item in f.assignments

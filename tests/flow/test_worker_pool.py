@@ -30,7 +30,7 @@ RETRY_ON_TIMEOUT = pipe.Verdict(int(ResultStatus.RETRY), "timeout", "", 4, 7)
 class ScriptedChild:
     """Runs b"1.5" in 1.5 seconds, crashes for b"1.5 crash", speaks nonsense for b"0 junk"."""
 
-    ready = pipe.Ready(("tests:any",))
+    ready = pipe.Ready((pipe.KnownTask("app", "tests", "any"),))
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -203,7 +203,8 @@ class Connection:
 
     @property
     def credit(self) -> int:
-        return sum(frame.more for frame in self.frames if isinstance(frame, frames.Credit))
+        """The total it may use now."""
+        return next((f.total for f in reversed(self.frames) if isinstance(f, frames.Credit)), 0)
 
     @property
     def results(self) -> list[Result]:

@@ -48,12 +48,20 @@ worker_frames = st.one_of(
         holding=lease_tuples,
         version_min=uint32,
         version_max=uint32,
+        tasks=st.lists(st.builds(frames.TaskName, texts, texts, texts), max_size=3).map(tuple),
+        slots=uint32,
     ),
-    st.builds(frames.Credit, uint32),
+    st.builds(frames.Credit, uint64, uint64, uint64),
     st.builds(frames.Started, lease_tuples),
     st.builds(frames.Results, st.lists(results, max_size=3).map(tuple)),
     st.builds(frames.HandBack, lease_tuples),
-    st.builds(frames.Heartbeat),
+    st.builds(
+        frames.Heartbeat,
+        st.lists(
+            st.builds(frames.TaskProgress, texts, uint64, st.none() | st.integers(0, 1_000), texts),
+            max_size=3,
+        ).map(tuple),
+    ),
 )
 assignments = st.builds(
     frames.Assignment,
@@ -64,11 +72,11 @@ assignments = st.builds(
     expires_in_ms=st.none() | uint64,
 )
 broker_frames = st.one_of(
-    st.builds(frames.Welcome, uint32, texts, uint32),
-    st.builds(frames.Assignments, st.lists(assignments, max_size=3).map(tuple)),
+    st.builds(frames.Welcome, uint32, texts, uint32, uint64),
+    st.builds(frames.Assignments, st.lists(assignments, max_size=3).map(tuple), uint64),
     st.builds(frames.Taken, lease_tuples),
     st.builds(frames.Draining),
-    st.builds(frames.Stop, lease_tuples),
+    st.builds(frames.Stop, lease_tuples, st.sampled_from(frames.StopReason)),
 )
 
 
@@ -89,10 +97,12 @@ def worker_message(frame: frames.WorkerFrame) -> v1.WorkerFrame:
                     namespaces=list(frame.namespaces),
                     store_id=frame.store_id,
                     holding=refs(frame.holding),
+                    tasks=[v1.TaskName(**task._asdict()) for task in frame.tasks],
+                    slots=frame.slots,
                 )
             )
         case frames.Credit():
-            return v1.WorkerFrame(credit=v1.Credit(more=frame.more))
+            return v1.WorkerFrame(credit=v1.Credit(number=frame.number, total=frame.total, idle_total=frame.idle_total))
         case frames.Started():
             return v1.WorkerFrame(started=v1.Started(leases=refs(frame.leases)))
         case frames.Results():
@@ -100,7 +110,11 @@ def worker_message(frame: frames.WorkerFrame) -> v1.WorkerFrame:
         case frames.HandBack():
             return v1.WorkerFrame(hand_back=v1.HandBack(leases=refs(frame.leases)))
         case frames.Heartbeat():
-            return v1.WorkerFrame(heartbeat=v1.Heartbeat())
+            tasks = [
+                v1.TaskProgress(id=task.id, fence=task.fence, permille=task.permille, message=task.message)
+                for task in frame.tasks
+            ]
+            return v1.WorkerFrame(heartbeat=v1.Heartbeat(tasks=tasks))
 
 
 def result_message(result: frames.Result) -> v1.Result:
@@ -119,7 +133,12 @@ def broker_message(frame: frames.BrokerFrame) -> v1.BrokerFrame:
     match frame:
         case frames.Welcome():
             return v1.BrokerFrame(
-                welcome=v1.Welcome(version=frame.version, store_id=frame.store_id, lease_ms=frame.lease_ms)
+                welcome=v1.Welcome(
+                    version=frame.version,
+                    store_id=frame.store_id,
+                    lease_ms=frame.lease_ms,
+                    max_deadline_ms=frame.max_deadline_ms,
+                )
             )
         case frames.Assignments():
             return v1.BrokerFrame(
@@ -133,7 +152,8 @@ def broker_message(frame: frames.BrokerFrame) -> v1.BrokerFrame:
                             expires_in_ms=item.expires_in_ms,
                         )
                         for item in frame.assignments
-                    ]
+                    ],
+                    credit=frame.credit,
                 )
             )
         case frames.Taken():
@@ -141,7 +161,7 @@ def broker_message(frame: frames.BrokerFrame) -> v1.BrokerFrame:
         case frames.Draining():
             return v1.BrokerFrame(draining=v1.Draining())
         case frames.Stop():
-            return v1.BrokerFrame(stop=v1.Stop(leases=refs(frame.leases)))
+            return v1.BrokerFrame(stop=v1.Stop(leases=refs(frame.leases), reason=v1.StopReason(frame.reason)))
 
 
 @unhurried
@@ -171,7 +191,7 @@ def test_a_lease_is_what_a_result_and_an_assignment_are_of() -> None:
 
 def test_of_several_kinds_the_last_counts_and_parts_merge() -> None:
     started, credit = encode_worker_frame(frames.Started((LeaseRef("a", 1),))), bytes_field(2, b"")
-    assert decode_worker_frame(started + credit) == frames.Credit(0)
+    assert decode_worker_frame(started + credit) == frames.Credit(0, 0)
     more = encode_worker_frame(frames.Started((LeaseRef("b", 2),)))
     merged = frames.Started((LeaseRef("a", 1), LeaseRef("b", 2)))
     assert decode_worker_frame(started + more) == merged
@@ -193,7 +213,7 @@ def test_absurd_numbers_come_into_range() -> None:
     assert frame == frames.Results(
         (frames.Result("a", 0, ResultStatus.RETRY, max_attempts=2**32 - 1, delay_on_retry_s=MAX_DURATION_S),)
     )
-    assert decode_worker_frame(bytes_field(2, varint_field(1, UINT64_MAX))) == frames.Credit(2**32 - 1)
+    assert decode_worker_frame(bytes_field(2, varint_field(1, UINT64_MAX))) == frames.Credit(UINT64_MAX, 0)
 
 
 @pytest.mark.parametrize(

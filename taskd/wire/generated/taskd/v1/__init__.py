@@ -13,6 +13,10 @@ __all__ = (
     "Assignment",
     "Assignments",
     "BrokerFrame",
+    "CancelEffect",
+    "CancelRequest",
+    "CancelResponse",
+    "CancelledActivation",
     "ClearSwitchRequest",
     "ClearSwitchResponse",
     "Credit",
@@ -33,10 +37,13 @@ __all__ = (
     "SetSwitchResponse",
     "Started",
     "Stop",
+    "StopReason",
     "Switch",
     "SwitchKind",
     "SwitchSubject",
     "Taken",
+    "TaskName",
+    "TaskProgress",
     "Welcome",
     "WorkerFrame",
 )
@@ -49,6 +56,71 @@ from ...message_pool import default_message_pool
 
 _COMPILER_VERSION = "0.10.1"
 betterproto2.check_compiler_version(_COMPILER_VERSION)
+
+
+class CancelEffect(betterproto2.Enum):
+    UNSPECIFIED = 0
+
+    DROPPED = 1
+    """
+    it will not run
+    """
+
+    STOPPING = 2
+    """
+    it ran: its worker is told to stop it, and its result counts no more
+    """
+
+    UNTOLD = 3
+    """
+    it ran: its worker cannot be told, its result counts no more
+    """
+
+    EXPECTED = 4
+    """
+    it is not here; dropped should it come while its tombstone is kept
+    """
+
+    ENDED = 5
+    """
+    it had ended before; nothing was done
+    """
+
+    LEAVING = 6
+    """
+    its dead letter or copy is on the way elsewhere; nothing was done
+    """
+
+    UNKNOWN = 7
+    """
+    nothing was done
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "CANCEL_EFFECT_UNSPECIFIED",
+            1: "CANCEL_EFFECT_DROPPED",
+            2: "CANCEL_EFFECT_STOPPING",
+            3: "CANCEL_EFFECT_UNTOLD",
+            4: "CANCEL_EFFECT_EXPECTED",
+            5: "CANCEL_EFFECT_ENDED",
+            6: "CANCEL_EFFECT_LEAVING",
+            7: "CANCEL_EFFECT_UNKNOWN",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "CANCEL_EFFECT_UNSPECIFIED": 0,
+            "CANCEL_EFFECT_DROPPED": 1,
+            "CANCEL_EFFECT_STOPPING": 2,
+            "CANCEL_EFFECT_UNTOLD": 3,
+            "CANCEL_EFFECT_EXPECTED": 4,
+            "CANCEL_EFFECT_ENDED": 5,
+            "CANCEL_EFFECT_LEAVING": 6,
+            "CANCEL_EFFECT_UNKNOWN": 7,
+        }
 
 
 class ResultStatus(betterproto2.Enum):
@@ -83,6 +155,36 @@ class ResultStatus(betterproto2.Enum):
             "RESULT_STATUS_FAILURE": 2,
             "RESULT_STATUS_RETRY": 3,
             "RESULT_STATUS_CRASHED": 4,
+        }
+
+
+class StopReason(betterproto2.Enum):
+    UNSPECIFIED = 0
+
+    CANCELLED = 1
+    """
+    by an operator's order
+    """
+
+    LOST = 2
+    """
+    the lease is over: somebody else has the activation, or it is gone
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "STOP_REASON_UNSPECIFIED",
+            1: "STOP_REASON_CANCELLED",
+            2: "STOP_REASON_LOST",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "STOP_REASON_UNSPECIFIED": 0,
+            "STOP_REASON_CANCELLED": 1,
+            "STOP_REASON_LOST": 2,
         }
 
 
@@ -252,7 +354,16 @@ default_message_pool.register_message("taskd.v1", "Assignment", Assignment)
 
 @dataclass(eq=False, repr=False)
 class Assignments(betterproto2.Message):
+    """
+    Empty, it only says which credit is the newest that was seen: nothing older will be used any more.
+    """
+
     assignments: "list[Assignment]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+    credit: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+    """
+    its number
+    """
 
 
 default_message_pool.register_message("taskd.v1", "Assignments", Assignments)
@@ -286,6 +397,66 @@ default_message_pool.register_message("taskd.v1", "BrokerFrame", BrokerFrame)
 
 
 @dataclass(eq=False, repr=False)
+class CancelledActivation(betterproto2.Message):
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    effect: "CancelEffect" = betterproto2.field(
+        2, betterproto2.TYPE_ENUM, default_factory=lambda: CancelEffect(0)
+    )
+
+    state: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    before: pending, delayed, processing, ...; gone; or unknown to this store
+    """
+
+    outcome: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    of what had ended
+    """
+
+    newest: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    id of the retry that the rest speaks of; empty: of `id` itself
+    """
+
+
+default_message_pool.register_message("taskd.v1", "CancelledActivation", CancelledActivation)
+
+
+@dataclass(eq=False, repr=False)
+class CancelRequest(betterproto2.Message):
+    """
+    Cancels activations by id, each with what followed it under other ids: its retries.
+    """
+
+    ids: "list[str]" = betterproto2.field(1, betterproto2.TYPE_STRING, repeated=True)
+
+    reason: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    author: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    even_unknown: "bool" = betterproto2.field(4, betterproto2.TYPE_BOOL)
+    """
+    what is not here is dropped should it come while its tombstone is kept
+    """
+
+
+default_message_pool.register_message("taskd.v1", "CancelRequest", CancelRequest)
+
+
+@dataclass(eq=False, repr=False)
+class CancelResponse(betterproto2.Message):
+    """
+    In the request's order.
+    """
+
+    activations: "list[CancelledActivation]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("taskd.v1", "CancelResponse", CancelResponse)
+
+
+@dataclass(eq=False, repr=False)
 class ClearSwitchRequest(betterproto2.Message):
     """
     Takes back the switches of operators with this kind and subject, or all of the kind.
@@ -316,10 +487,22 @@ default_message_pool.register_message("taskd.v1", "ClearSwitchResponse", ClearSw
 @dataclass(eq=False, repr=False)
 class Credit(betterproto2.Message):
     """
-    The worker can take `more` further assignments.
+    How much the worker takes. `total` counts from the beginning of the stream: of all assignments ever
+    sent on it, not more than so many. A later credit replaces the earlier one; a smaller total recalls
+    what was not used.
     """
 
-    more: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+    number: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+    """
+    1, 2, ... on one stream
+    """
+
+    total: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    idle_total: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+    """
+    as total, for at_most_once, whose hand-out is the start: as far as slots are idle
+    """
 
 
 default_message_pool.register_message("taskd.v1", "Credit", Credit)
@@ -371,7 +554,11 @@ default_message_pool.register_message("taskd.v1", "HandBack", HandBack)
 
 @dataclass(eq=False, repr=False)
 class Heartbeat(betterproto2.Message):
-    pass
+    """
+    A sign of life of the worker. Each task named here gave one itself, so its deadline begins again.
+    """
+
+    tasks: "list[TaskProgress]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
 
 
 default_message_pool.register_message("taskd.v1", "Heartbeat", Heartbeat)
@@ -412,6 +599,16 @@ class Hello(betterproto2.Message):
     """
 
     holding: "list[LeaseRef]" = betterproto2.field(8, betterproto2.TYPE_MESSAGE, repeated=True)
+
+    tasks: "list[TaskName]" = betterproto2.field(9, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    that it can run; empty: it does not say
+    """
+
+    slots: "int" = betterproto2.field(10, betterproto2.TYPE_UINT32)
+    """
+    tasks it runs at once
+    """
 
 
 default_message_pool.register_message("taskd.v1", "Hello", Hello)
@@ -548,10 +745,14 @@ default_message_pool.register_message("taskd.v1", "Started", Started)
 @dataclass(eq=False, repr=False)
 class Stop(betterproto2.Message):
     """
-    These leases are over by an operator's order: end what runs under them, start none, report nothing.
+    These leases are over: end what runs under them, start none, report nothing.
     """
 
     leases: "list[LeaseRef]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+
+    reason: "StopReason" = betterproto2.field(
+        2, betterproto2.TYPE_ENUM, default_factory=lambda: StopReason(0)
+    )
 
 
 default_message_pool.register_message("taskd.v1", "Stop", Stop)
@@ -619,6 +820,42 @@ default_message_pool.register_message("taskd.v1", "Taken", Taken)
 
 
 @dataclass(eq=False, repr=False)
+class TaskName(betterproto2.Message):
+    """
+    A task as its activations name it.
+    """
+
+    application: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    namespace: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    taskname: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("taskd.v1", "TaskName", TaskName)
+
+
+@dataclass(eq=False, repr=False)
+class TaskProgress(betterproto2.Message):
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    fence: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    permille: "int | None" = betterproto2.field(3, betterproto2.TYPE_UINT32, optional=True)
+    """
+    of the work that is done, 0 to 1000
+    """
+
+    message: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    for people
+    """
+
+
+default_message_pool.register_message("taskd.v1", "TaskProgress", TaskProgress)
+
+
+@dataclass(eq=False, repr=False)
 class Welcome(betterproto2.Message):
     version: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
 
@@ -630,6 +867,11 @@ class Welcome(betterproto2.Message):
     lease_ms: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
     """
     a lease ends this long after the worker's last frame
+    """
+
+    max_deadline_ms: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+    """
+    a task's own signs of life move its deadline no further than this after its start; 0: no limit
     """
 
 
