@@ -109,7 +109,7 @@ TRANSITIONS: dict[tuple[Status | None, Event], Status] = {
     (_S.PENDING, _E.PARKED): _S.PARKED,
     (_S.PARKED, _E.UNPARKED): _S.PENDING,
     **{(status, _E.EXPIRED): _S.EXPIRED for status in sorted(WAITING)},
-    **{(status, _E.DROPPED): _S.DROPPED for status in sorted(WAITING | HELD)},
+    **{(status, _E.DROPPED): _S.DROPPED for status in sorted(WAITING | HELD | {_S.RETRY})},
     **{(status, _E.FORWARDED): _S.FORWARDED for status in sorted(WAITING)},
     **{(status, _E.COMPLETED): _S.COMPLETE for status in _REPORTABLE},
     **{(status, _E.FAILED): _S.FAILURE for status in _REPORTABLE},

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from taskd.activation.switches import Condition, Switch, SwitchKind
+from taskd.admin.cancel import MAX_IDS
 from taskd.admin.orders import SERVICE, WIRE_KINDS, switch_of, wire_subject
 from taskd.errors import ConfigError, PeerUnavailable, TaskdError
 from taskd.rpc.access import OPEN, Access
@@ -121,6 +122,17 @@ class Operator:
     async def switches(self) -> list[Switch]:
         reply = await self._call("ListSwitches", bytes(v1.ListSwitchesRequest()))
         return [switch_of(found) for found in v1.ListSwitchesResponse.parse(reply).switches]
+
+    async def cancel(
+        self, ids: Sequence[str], reason: str, author: str, *, even_unknown: bool = False
+    ) -> list[v1.CancelledActivation]:
+        """In the order of `ids`, of which there may be any number."""
+        found: list[v1.CancelledActivation] = []
+        for start in range(0, len(ids), MAX_IDS):
+            some = list(ids[start : start + MAX_IDS])
+            request = v1.CancelRequest(ids=some, reason=reason, author=author, even_unknown=even_unknown)
+            found += v1.CancelResponse.parse(await self._call("Cancel", bytes(request))).activations
+        return found
 
     async def _set(self, what: Switch, reason: str, author: str, for_ms: int | None) -> Switch:
         request = v1.SetSwitchRequest(

@@ -15,6 +15,7 @@ from taskd.inflight.writer import Inflight
 from taskd.rpc.base import Services, Unary
 from taskd.telemetry import audit
 from taskd.wire.generated.taskd import v1
+from taskd.wire.protobuf import check_whole
 
 SERVICE = "taskd.v1.AdminService"
 MAX_TEXT_CHARS = 1_000  # of a name, a reason, an author
@@ -50,7 +51,7 @@ class Orders:
         }
 
     async def set_switch(self, request: bytes) -> bytes:
-        order = _parsed(v1.SetSwitchRequest.parse, request)
+        order = parsed(v1.SetSwitchRequest.parse, request)
         if len(self._inflight.board.switches) >= MAX_SWITCHES:
             raise Refused("RESOURCE_EXHAUSTED", f"there are {MAX_SWITCHES} switches already; take some back")
         until_ms = None
@@ -64,9 +65,9 @@ class Orders:
         return bytes(v1.SetSwitchResponse(switch=wire_switch(stored)))
 
     async def clear_switch(self, request: bytes) -> bytes:
-        order = _parsed(v1.ClearSwitchRequest.parse, request)
+        order = parsed(v1.ClearSwitchRequest.parse, request)
         kind = _kind(order.kind)
-        author = _text(order.author, "author")
+        author = required(order.author, "author")
         like = None if order.all else _switch(order.kind, order.subject, "taken back", author, None)
         meant = [
             switch
@@ -87,7 +88,7 @@ class Orders:
         return bytes(v1.ClearSwitchResponse(cleared=[wire_switch(switch) for switch in cleared]))
 
     async def list_switches(self, request: bytes) -> bytes:
-        _parsed(v1.ListSwitchesRequest.parse, request)
+        parsed(v1.ListSwitchesRequest.parse, request)
         found = [wire_switch(switch) for switch in self._inflight.board.switches]
         return bytes(v1.ListSwitchesResponse(switches=found))
 
@@ -162,8 +163,8 @@ def _switch(
         namespace=subject.namespace,
         taskname=subject.taskname,
         conditions=tuple(_condition(condition) for condition in subject.conditions),
-        reason=_text(reason, "reason"),
-        author=_text(author, "author"),
+        reason=required(reason, "reason"),
+        author=required(author, "author"),
         until_ms=until_ms,
     )
 
@@ -194,14 +195,17 @@ def _kind(kind: v1.SwitchKind) -> SwitchKind:
     return found
 
 
-def _text(value: str, what: str) -> str:
+def required(value: str, what: str) -> str:
+    """A text that every order has, cut to size."""
     if not value.strip():
-        raise Refused("INVALID_ARGUMENT", f"expected a {what}, found none: every switch has one")
+        raise Refused("INVALID_ARGUMENT", f"expected the {what}, found none: every order has one")
     return value[:MAX_TEXT_CHARS]
 
 
-def _parsed(parse: Callable[[bytes], M], request: bytes) -> M:
+def parsed(parse: Callable[[bytes], M], request: bytes) -> M:
+    """Raises Refused."""
     try:
+        check_whole(request)
         return parse(request)
     except Exception as error:  # the generated code raises many kinds
         raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None

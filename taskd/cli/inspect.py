@@ -68,6 +68,8 @@ def _line(seen: Seen) -> str:
         parts.append(f"continued as {seen.continued_as}")
     if seen.dead_lettered:
         parts.append("dead-lettered")
-    if seen.reason or seen.error:
+    if seen.reason == "cancelled":  # the error says by whom
+        parts.append(f"({seen.reason} {seen.error})")
+    elif seen.reason or seen.error:
         parts.append(f"({': '.join(filter(None, (seen.reason, seen.error)))})")
     return " ".join(parts)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from taskd import __version__
-from taskd.cli import config, daemons, inspect, operate, plugins, store, submit
+from taskd.cli import cancel, config, daemons, inspect, operate, plugins, store, submit
 from taskd.cli.exits import Commands
 
 HELP = """Runs functions later, reliably.
@@ -43,6 +43,7 @@ app.command(rich_help_panel="Operate")(operate.pause)
 app.command(rich_help_panel="Operate")(operate.resume)
 app.add_typer(operate.killswitch, name="killswitch", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(operate.switches)
+app.command(rich_help_panel="Operate")(cancel.cancel)
 app.command(rich_help_panel="Operate")(store.backup)
 app.command(rich_help_panel="Operate")(store.restore)
 app.command(rich_help_panel="Operate")(store.recover)

@@ -80,7 +80,7 @@ def pause(
     from taskd.admin.operate import duration_ms, subject
 
     meant, for_ms = subject(what), duration_ms(for_)
-    _show([_ask(config, socket, address, lambda who: who.pause(meant, reason, _author(author), for_ms))], "")
+    _show([ask(config, socket, address, lambda who: who.pause(meant, reason, or_user(author), for_ms))], "")
 
 
 def resume(
@@ -106,7 +106,7 @@ def resume(
     if bool(what) == all_:
         raise typer.BadParameter("name what was paused, such as application=shop, or give --all")
     meant = subject(what) if what else None
-    _show(_ask(config, socket, address, lambda who: who.resume(meant, reason, _author(author))), "resumed: ")
+    _show(ask(config, socket, address, lambda who: who.resume(meant, reason, or_user(author))), "resumed: ")
 
 
 def switches(
@@ -118,7 +118,7 @@ def switches(
     taskd switches --config /etc/taskd/broker.yaml
     ```
     """
-    found = _ask(config, socket, address, lambda who: who.switches())
+    found = ask(config, socket, address, lambda who: who.switches())
     _list(found, json)
 
 
@@ -158,7 +158,7 @@ def killswitch_add(
 
     meant = killed(task, application, namespace, conditions(arg or (), kwarg or ()))
     for_ms = duration_ms(for_)
-    _show([_ask(config, socket, address, lambda who: who.kill(meant, reason, _author(author), for_ms))], "")
+    _show([ask(config, socket, address, lambda who: who.kill(meant, reason, or_user(author), for_ms))], "")
 
 
 @killswitch.command("remove")
@@ -181,7 +181,7 @@ def killswitch_remove(
     from taskd.admin.operate import killed
 
     meant = killed(task, application, namespace, ())
-    _show(_ask(config, socket, address, lambda who: who.spare(meant, reason, _author(author))), "removed: ")
+    _show(ask(config, socket, address, lambda who: who.spare(meant, reason, or_user(author))), "removed: ")
 
 
 @killswitch.command("list")
@@ -194,22 +194,24 @@ def killswitch_list(
     taskd killswitch list
     ```
     """
-    found = _ask(config, socket, address, lambda who: who.switches())
+    found = ask(config, socket, address, lambda who: who.switches())
     _list([switch for switch in found if switch.kind.value == "killswitch"], json)
 
 
-def _author(author: str | None) -> str:
+def or_user(author: str | None) -> str:
+    """Who gives an order."""
     import getpass
 
     return author or getpass.getuser()
 
 
-def _ask(
+def ask(
     config: Path | None,
     socket: Path | None,
     address: str | None,
     order: Callable[[Operator], Awaitable[T]],
 ) -> T:
+    """What the broker answers to `order`, by its socket or at `address`. Raises TaskdError."""
     import trio
 
     from taskd.admin.operate import open_operator

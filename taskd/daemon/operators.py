@@ -9,6 +9,7 @@ import structlog
 import trio
 from pydantic import SecretStr
 
+from taskd.admin.cancel import CancelOrders
 from taskd.admin.orders import SERVICE, Orders
 from taskd.admin.switch_file import FollowSwitchFile
 from taskd.clock import Clock
@@ -44,7 +45,8 @@ class Operators:
         stop_leases: StopLeases,
     ) -> None:
         self._config = config
-        self._orders = Orders(inflight, clock)
+        orders, cancels = Orders(inflight, clock), CancelOrders(inflight, stop_leases)
+        self._services: Services = {**orders.services, **cancels.services}
         self._demoting = Demoting(config, inflight, own_logs, own)
         self._file = FollowSwitchFile(
             inflight,
@@ -65,7 +67,7 @@ class Operators:
     @property
     def rpc_services(self) -> Services:
         """Orders over the network are taken only under secrets of their own."""
-        return self._orders.services if self._config.admin.secrets else {}
+        return self._services if self._config.admin.secrets else {}
 
     @property
     def rpc_secrets(self) -> Mapping[str, Sequence[SecretStr]]:
@@ -78,7 +80,7 @@ class Operators:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Started once orders are taken and the file's switches hold. Raises StartupError, StoreError."""
         path = socket_path(self._config)
-        async with serve_unix(self._orders.services, path), trio.open_nursery() as nursery:
+        async with serve_unix(self._services, path), trio.open_nursery() as nursery:
             nursery.start_soon(self._demoting.run)
             await self._file.look()
             log.info("orders are taken", socket=str(path))

@@ -107,11 +107,13 @@ class Departures:
         cursor.close()
         return found
 
-    def drop(self, row: int, lane: int, before: Status, now: Now, reason: str) -> None:
+    def drop(
+        self, row: int, lane: int, before: Status, now: Now, reason: str, error: str | None = None
+    ) -> None:
         """An operator wants this never to run: gone at once, without a dead letter."""
         status = self._store.move(row, lane, before, Event.DROPPED)
         self._store.discard(reason)
-        self.finish(row, lane, status, now, reason=reason)
+        self.finish(row, lane, status, now, reason=reason, error=error)
 
     def forward(self, row: int, lane: int, before: Status, topic: str | None, reason: str) -> None:
         """Send a waiting row elsewhere; None: to the topic it came from. It is published, then gone."""

@@ -176,7 +176,10 @@ UPDATE inflight SET status = ?, forward_topic = ?, reason = ? WHERE row = ?
 SELECT row, status, lane, reason, error FROM inflight WHERE id = ? AND status <> 12
 
 -- name: stick
-UPDATE inflight SET stuck = ? WHERE id = ?
+UPDATE inflight SET stuck = ? WHERE id = ? AND status <> 12
+
+-- name: cancelling
+SELECT row, status, lane, fence, holder, outcome, continued_as, retry_attempts FROM inflight WHERE id = ?
 
 -- name: forgettable
 SELECT row, lane FROM inflight WHERE status = 12 AND finished_at_ms <= ? ORDER BY finished_at_ms LIMIT ?
@@ -202,5 +205,5 @@ SELECT id FROM inflight WHERE row = ?
 
 -- name: describe
 SELECT id, status, outcome, continued_as, dead_lettered, attempts, received_at_ms, finished_at_ms, reason, error,
-  stuck
+  CASE WHEN status <> 12 THEN stuck END
 FROM inflight WHERE id = ?

@@ -33,6 +33,7 @@ from taskd.inflight.base import (
     Settlement,
     Verdict,
 )
+from taskd.inflight.cancelling import Cancelled, Cancelling
 from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
 from taskd.inflight.leases import Leases
@@ -77,6 +78,7 @@ class Inflight:
         self._arrivals = Arrivals(store, departures)
         self._leases = Leases(store, departures)
         self._claims = Claims(store)
+        self._cancelling = Cancelling(store, departures)
         self._switches = Switches(store, departures)
         self._watchers: list[tuple[frozenset[Status], Wake]] = []
         self._switch_watchers: list[Wake] = []
@@ -199,7 +201,12 @@ class Inflight:
     async def describe(self, ids: Sequence[str]) -> list[Description]:
         return await self._submit(lambda now: [self._describe(id_) for id_ in ids])
 
-    # ---- operators' switches
+    # ---- operators' orders
+
+    async def cancel(self, ids: Sequence[str], why: str, *, even_unknown: bool = False) -> list[Cancelled]:
+        return await self._submit(
+            lambda now: self._cancelling.cancel(ids, why, now, even_unknown=even_unknown)
+        )
 
     @property
     def board(self) -> Board:

@@ -1,7 +1,8 @@
-"""Audit lines: who ordered what, why and until when; one line for each order and each end of a switch."""
+"""Audit lines: who ordered what, why and until when; a line for each order and each end of a switch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import structlog
@@ -22,6 +23,11 @@ def switch_taken_back(switch: Switch, *, by: str, reason: str) -> None:
 def switch_ended(switch: Switch) -> None:
     """Its time was over."""
     _line("switch ended", switch, by="time")
+
+
+def cancelled(effects: Mapping[str, Sequence[str]], *, by: str, reason: str) -> None:
+    """A part of an order to cancel. `effects`: ids by what was done with them."""
+    log.warning("cancel ordered", by=by, reason=reason, **effects)
 
 
 def _line(event: str, switch: Switch, **who: str) -> None:

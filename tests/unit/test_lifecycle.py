@@ -44,6 +44,7 @@ TABLE = {
     (K, E.DROPPED): Status.DROPPED,
     (C, E.DROPPED): Status.DROPPED,
     (R, E.DROPPED): Status.DROPPED,
+    (Status.RETRY, E.DROPPED): Status.DROPPED,
     (P, E.FORWARDED): Status.FORWARDED,
     (D, E.FORWARDED): Status.FORWARDED,
     (K, E.FORWARDED): Status.FORWARDED,
