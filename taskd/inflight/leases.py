@@ -184,6 +184,7 @@ class Leases:
             counts,
             counts,
             now.wall_ms if counts else None,
+            now.mono_ms if counts else None,
             waiting.row,
         )
         if is_unary:
@@ -208,7 +209,7 @@ class Leases:
 
     def _begin(self, leased: Leased, now: Now) -> None:
         end_ms = now.mono_ms + leased.deadline_ms + self._store.policy.grace_ms
-        self._store.run("start", not leased.counted, end_ms, now.wall_ms, leased.row)
+        self._store.run("start", not leased.counted, end_ms, now.wall_ms, now.mono_ms, leased.row)
         self._store.measure("received_to_started", now.wall_ms - leased.received_at_ms)
         leased.attempts += not leased.counted
         leased.counted = leased.started = True

@@ -68,7 +68,7 @@ DELETE FROM switch WHERE switch = ?
 
 -- name: hand_out
 UPDATE inflight SET status = 5, fence = ?, lease_kind = ?, holder = ?, lease_end_mono_ms = ?,
-  attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?
+  attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?, started_mono_ms = ?
 WHERE row = ?
 
 -- name: claim
@@ -101,8 +101,14 @@ SELECT row, status, lane, fence, lease_kind, attempts, counted, started, at_most
 FROM inflight WHERE id = ? AND status <> 12
 
 -- name: start
-UPDATE inflight SET started = 1, counted = 1, attempts = attempts + ?, lease_end_mono_ms = ?, started_at_ms = ?
+UPDATE inflight SET started = 1, counted = 1, attempts = attempts + ?, lease_end_mono_ms = ?, started_at_ms = ?,
+  started_mono_ms = ?
 WHERE row = ?
+
+-- name: extend
+UPDATE inflight SET lease_end_mono_ms =
+  max(lease_end_mono_ms, min(? + deadline_ms, ifnull(started_mono_ms, 0) + ?))
+WHERE id = ?
 
 -- name: requeue
 UPDATE inflight SET status = 1, attempts = attempts - ?, holder = NULL, counted = 0, started = 0,
@@ -132,7 +138,8 @@ SELECT id FROM inflight WHERE status = 5 LIMIT ?
 SELECT DISTINCT holder FROM inflight WHERE status = 5 AND holder IS NOT NULL
 
 -- name: restart_leases
-UPDATE inflight SET lease_end_mono_ms = ? + deadline_ms WHERE status = 5 AND lease_end_mono_ms IS NOT NULL
+UPDATE inflight SET lease_end_mono_ms = ? + deadline_ms, started_mono_ms = ?
+WHERE status = 5 AND lease_end_mono_ms IS NOT NULL
 
 -- name: due
 SELECT row, lane FROM inflight WHERE status = 2 AND due_at_ms <= ? ORDER BY due_at_ms LIMIT ?
@@ -205,5 +212,5 @@ SELECT id FROM inflight WHERE row = ?
 
 -- name: describe
 SELECT id, status, outcome, continued_as, dead_lettered, attempts, received_at_ms, finished_at_ms, reason, error,
-  CASE WHEN status <> 12 THEN stuck END
+  CASE WHEN status <> 12 THEN stuck END, holder, fence, started_at_ms, lease_end_mono_ms
 FROM inflight WHERE id = ?

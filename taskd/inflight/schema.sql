@@ -55,6 +55,7 @@ CREATE TABLE inflight (
   started           INTEGER NOT NULL DEFAULT 0, -- 1: the holder said START
   started_at_ms     INTEGER,
   lease_end_mono_ms INTEGER,
+  started_mono_ms   INTEGER,          -- of the lease that runs; its heartbeats move the end, but not for ever
   -- the end
   retry_max_attempts INTEGER,         -- reported with RETRY, replace those in the activation
   retry_delay_s      INTEGER,

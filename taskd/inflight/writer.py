@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 import trio
 
-from taskd.activation.lifecycle import LEAVING, Status
+from taskd.activation.lifecycle import HELD, LEAVING, Status
 from taskd.activation.switches import Board, Switch, SwitchSource
 from taskd.clock import Clock, Now
 from taskd.database import free_bytes, wal_bytes
@@ -36,6 +36,7 @@ from taskd.inflight.base import (
 from taskd.inflight.cancelling import Cancelled, Cancelling
 from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
+from taskd.inflight.heartbeats import Extending, Heartbeat, ProgressNotes
 from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import Changes, SqliteStore
 from taskd.inflight.switches import DemotedTo, Looked, Replaced, Switches
@@ -77,6 +78,8 @@ class Inflight:
         self._departures = departures
         self._arrivals = Arrivals(store, departures)
         self._leases = Leases(store, departures)
+        self._extending = Extending(store, self._leases)
+        self._progress = ProgressNotes()
         self._claims = Claims(store)
         self._cancelling = Cancelling(store, departures)
         self._switches = Switches(store, departures)
@@ -142,7 +145,23 @@ class Inflight:
         return await self._submit(lambda now: self._leases.start(refs, now))
 
     async def report(self, reports: Sequence[Report]) -> list[Verdict]:
-        return await self._submit(lambda now: self._leases.report(reports, now))
+        verdicts = await self._submit(lambda now: self._leases.report(reports, now))
+        self._progress.forget(
+            report.id
+            for report, verdict in zip(reports, verdicts, strict=True)
+            if verdict is Verdict.APPLIED
+        )
+        return verdicts
+
+    async def heartbeat(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        """These tasks are alive: their deadlines move, and what they say of themselves can be asked for."""
+        refs = [heartbeat.ref for heartbeat in heartbeats]
+        verdicts = await self._submit(lambda now: self._extending.extend(refs, now))
+        mono_ms = self._clock.now().mono_ms
+        for heartbeat, verdict in zip(heartbeats, verdicts, strict=True):
+            if verdict is Verdict.APPLIED:
+                self._progress.note(heartbeat, mono_ms)
+        return verdicts
 
     async def hand_back(self, refs: Sequence[Ref]) -> list[Verdict]:
         return await self._submit(lambda now: self._leases.hand_back(refs, now))
@@ -199,7 +218,9 @@ class Inflight:
         return await self._submit(lambda now: self._departures.forget(now.wall_ms - ttl_ms, max_count, limit))
 
     async def describe(self, ids: Sequence[str]) -> list[Description]:
-        return await self._submit(lambda now: [self._describe(id_) for id_ in ids])
+        found = await self._submit(lambda now: [self._describe(id_, now) for id_ in ids])
+        mono_ms = self._clock.now().mono_ms
+        return [self._progress.added_to(description, mono_ms) for description in found]
 
     # ---- operators' orders
 
@@ -325,7 +346,7 @@ class Inflight:
         for _, wake in self._watchers:
             wake.set()
 
-    def _describe(self, id_: str) -> Description:
+    def _describe(self, id_: str, now: Now) -> Description:
         found = self._store.one("describe", id_)
         if found is None:
             return Description(id_)
@@ -341,7 +362,12 @@ class Inflight:
             reason,
             error,
             stuck,
+            holder,
+            fence,
+            started,
+            lease_end,
         ) = found
+        held = status in HELD
         return Description(
             id_,
             Status(status),
@@ -353,6 +379,10 @@ class Inflight:
             finished or 0,
             reason or "",
             stuck or error or "",
+            worker=(holder or "") if held else "",
+            fence=fence if held else 0,
+            started_at_ms=(started or 0) if held else 0,
+            deadline_in_ms=lease_end - now.mono_ms if held and lease_end is not None else None,
         )
 
 
