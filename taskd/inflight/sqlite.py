@@ -102,10 +102,7 @@ class SqliteStore:
         self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
         self.lanes_version = 0  # rises with each lane that comes or goes
-        self._by_name: dict[tuple[str, str, str], Lane] = {}
-        self.limits = Limits(policy.limits, policy.strict_order_namespaces, now.mono_ms)
-        self.unsettled: frozenset[str] = frozenset()  # namespaces whose rows are on their way to other lanes
-        self.full_pools: set[str] = set()  # found full, and no lease ended since
+        self._by_name: dict[tuple[str, str], Lane] = {}
         self.trouble = ""  # why the disk takes no rows, until a probe succeeds
         self._columns: set[str] | None = None  # of the table of rows, once asked for
         self._cut_wal = False  # after the next commit
@@ -320,41 +317,6 @@ class SqliteStore:
         del self.lanes[lane.number]
         self._by_name.pop((lane.application, lane.namespace), None)
         self.lanes_version += 1
-        self.limits.detach(lane)
-
-    # ---- limits
-
-    def set_limits(self, limits: Limits) -> None:
-        """These hold from here on; rows that wait in other lanes than they say are `relane`d."""
-        self.limits = limits
-        for lane in self.lanes.values():
-            limits.attach(lane)
-        self.full_pools.clear()
-
-    def relane(self, row: int, status: Status, before: Lane, after: Lane) -> None:
-        """Move a row to another lane; it keeps its number in the order."""
-        self.run("relane", after.number, row)
-        self._count(before.number, status, -1)
-        self._count(after.number, status, +1)
-        self.passed.pop(after.number, None)
-        self.drop_lane_if_empty(before.number)
-
-    def take_tokens(self, limits: Iterable[Limit], count: int, now: Now) -> None:
-        """So much was handed out under these limits; negative: it came back unused."""
-        for limit in limits:
-            if limit.bucket is not None:
-                limit.bucket.take(count, now.mono_ms)
-                self.when_undone(partial(limit.bucket.give_back, count))
-
-    def when_undone(self, undo: Callable[[], object]) -> None:
-        """If this write does not come to be, call `undo`."""
-        self._write.undo.append(undo)
-
-    def _make_room(self, lane: int) -> None:
-        """A lease ended: somebody else may have the room it leaves."""
-        if self.limits.pools or self.lanes[lane].limits:
-            self.full_pools.clear()
-            self.wake_claims()
 
     # ---- switches
 
