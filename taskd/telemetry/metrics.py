@@ -108,6 +108,9 @@ switch_file_errors = _counter("taskd_switch_file_errors_total", "Times the file 
 
 # worker
 worker_tasks = _counter("taskd_worker_tasks_total", "Tasks that ended in this worker", "status")
+worker_results_refused = _counter(
+    "taskd_worker_results_refused_total", "Results that a broker of the plain protocol called invalid"
+)
 worker_task_seconds = _histogram("taskd_worker_task_seconds", "Run time of tasks in the child", _RUN_S)
 
 

@@ -19,14 +19,22 @@ class Backlog:
     """Work that is assigned to this worker and not yet in a child.
 
     `on_work`: called when something can be taken; `on_news`: when a link has something to send;
-    `on_stop`: when work that is in a child was stopped.
+    `on_stop`: when work that is in a child was stopped. Without `hands_back`, the protocol cannot give
+    work back: then everything that came is run, also once this is closed.
     """
 
     def __init__(
-        self, on_work: Callable[[], None], on_news: Callable[[], None], on_stop: Callable[[], None]
+        self,
+        on_work: Callable[[], None],
+        on_news: Callable[[], None],
+        on_stop: Callable[[], None],
+        *,
+        hands_back: bool = True,
     ) -> None:
         self.accounts: dict[str, Account] = {}
         self.closed = False
+        self.reserved = 0  # slots for what calls under way may bring
+        self._hands_back = hands_back
         self._waiting: deque[Job] = deque()
         self._on_work = on_work
         self._on_news = on_news
@@ -37,12 +45,17 @@ class Backlog:
 
     @property
     def jobs_count(self) -> int:
-        """Everything this worker has and has not finished: waiting or in a child."""
-        return sum(len(account.jobs) for account in self.accounts.values())
+        """Everything this worker has, or may be given any moment, and has not finished."""
+        return self.reserved + sum(len(account.jobs) for account in self.accounts.values())
 
     @property
     def untaken_count(self) -> int:
         return sum(len(account.untaken) for account in self.accounts.values())
+
+    @property
+    def longest_s(self) -> float:
+        """The longest deadline of what waits; 0 when nothing does."""
+        return max((job.deadline_s for job in self._waiting), default=0.0)
 
     @property
     def settled(self) -> bool:
@@ -58,11 +71,11 @@ class Backlog:
             job = Job(account, item.lease, item.activation, deadline_s, expires_at, now)
             if not account.accept(job):
                 log.warning("assigned twice", id=item.id, fence=item.fence)
-            elif self.closed:
+            elif self._gives_back:
                 account.hand_back(job)
             else:
                 self._waiting.append(job)
-        self._on_news() if self.closed else self._on_work()
+        self._on_news() if self._gives_back else self._on_work()
 
     def take(self, most: int, slots: int, now: float) -> list[Job]:
         """The next jobs for one of `slots`: its fair share, at most `most`, and only what may still start."""
@@ -96,7 +109,7 @@ class Backlog:
         if stopped:
             self._on_news()  # there is room for other work
         jobs = [job for job in jobs if not job.stopped]
-        if self.closed:
+        if self._gives_back:
             for job in jobs:
                 job.account.hand_back(job)
             self._on_news()
@@ -106,7 +119,7 @@ class Backlog:
 
     def hand_back_late(self, now: float) -> None:
         """Give back what waited longer than `PATIENCE_S`."""
-        while self._waiting and now - self._waiting[0].waiting_since >= PATIENCE_S:
+        while self._hands_back and self._waiting and now - self._waiting[0].waiting_since >= PATIENCE_S:
             job = self._waiting.popleft()
             if self._may_start(job, now):
                 job.account.hand_back(job)
@@ -115,10 +128,15 @@ class Backlog:
     def close(self) -> None:
         """Hand back everything that waits, and whatever comes from now on."""
         self.closed = True
-        for job in self._waiting:
-            job.account.hand_back(job)
-        self._waiting.clear()
+        if self._hands_back:
+            for job in self._waiting:
+                job.account.hand_back(job)
+            self._waiting.clear()
         self._on_news()
+
+    @property
+    def _gives_back(self) -> bool:
+        return self.closed and self._hands_back
 
     def _may_start(self, job: Job, now: float) -> bool:
         """Whether to start it; what may not start is handed back, and the broker judges that by its fence."""
