@@ -20,6 +20,7 @@ from taskd.clock import Clock, SystemClock
 from taskd.config import live
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure, notify, reload, settings
+from taskd.daemon.certificates import Certificates
 from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
 from taskd.daemon.locks import hold_data
@@ -28,14 +29,12 @@ from taskd.daemon.operators import Operators
 from taskd.daemon.pushing import parking_duty, push_dispatch
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
-from taskd.errors import StartupError
 from taskd.inflight.presence import Presence
 from taskd.inflight.quarantine import set_aside_if_damaged
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.log.base import Log
 from taskd.producer.service import LogService
-from taskd.rpc import tls
-from taskd.rpc.access import http_tls, revealed, server_guard, server_tls
+from taskd.rpc.access import revealed, server_guard
 from taskd.rpc.base import Services
 from taskd.rpc.health import health_services
 from taskd.rpc.limits import Keepalive
@@ -114,7 +113,7 @@ class Broker:
         self._inflight = inflight
         self._draining = trio.Event()
         self._secrets = revealed(config.rpc.secrets)
-        self._tls = server_tls(config.rpc)
+        self._certificates = Certificates(config)
         self._feeding = Feeding(config, clock, activation_logs, inflight, reads=not evacuates)
         presence = Presence(clock)
         publisher = Publisher(
@@ -128,8 +127,9 @@ class Broker:
         duties = broker_duties(
             inflight, publisher, presence, clock, lambda: settings.upkeep_settings(self._config)
         )
-        self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets)
-        duties.append(parking_duty(config, inflight, self._push))
+        calls = self._certificates.contexts.get("push.tls")
+        self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets, calls)
+        duties.append(parking_duty(lambda: self._config, inflight, self._push))
         self._stream = StreamDispatch(
             inflight,
             presence,
@@ -157,7 +157,7 @@ class Broker:
         reloads: reload.Reloads[BrokerConfig] | None,
         task_status: trio.TaskStatus[BrokerAddresses],
     ) -> None:
-        rpc, http = self._config.rpc, self._config.http
+        rpc, http, contexts = self._config.rpc, self._config.http, self._certificates.contexts
         async with (
             serve(
                 self._services(),
@@ -165,14 +165,14 @@ class Broker:
                 rpc.port,
                 max_request_bytes=self._config.max_request_bytes,
                 guard=server_guard(self._secrets, self._clock, self._operators.rpc_secrets),
-                tls=self._tls,
+                tls=contexts.get("rpc.tls"),
                 keepalive=Keepalive(time_s=rpc.keepalive_s),
                 max_connections=rpc.max_connections,
             ) as rpc_port,
             trio.open_nursery() as serving,
         ):
             http_port = await serving.start(
-                partial(serve_http, tls=http_tls(http)), http.host, http.port, self._health
+                partial(serve_http, tls=contexts.get("http.tls")), http.host, http.port, self._health
             )
             await serving.start(self._operators.run)
             serving.start_soon(self._upkeep.run)
@@ -202,10 +202,10 @@ class Broker:
         """Let this configuration hold from now on, in what can change while running."""
         was, self._config = self._config, config
         self._inflight.set_policy(settings.policy(config))
-        self._operators.reload()
+        self._operators.reload(config)
         self._feeding.set_config(config)
         self._secrets.replace(revealed(config.rpc.secrets))
-        self._renew_certificate()
+        self._certificates.renew(config)
         if self._push is not None:
             self._push.settings.timeout_s = config.push.timeout_s
             self._push.remap(config.push.worker_map)
@@ -213,15 +213,6 @@ class Broker:
         if (was.log_level, was.log_format) != (config.log_level, config.log_format):
             setup_logging(config.log_level, config.log_format)
         self._inflight.trace(config.log_level == "debug")
-
-    def _renew_certificate(self) -> None:
-        files = self._config.rpc.tls
-        if self._tls is None or files is None:
-            return
-        try:
-            tls.renew(self._tls, files.certificate, files.key, files.client_ca)
-        except StartupError as error:
-            log.error("the old certificate holds", problem=str(error))
 
     def _services(self) -> Services:
         known = {"": self._health.serving, consumer.SERVICE: self._health.serving}

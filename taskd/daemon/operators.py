@@ -60,7 +60,7 @@ class Operators:
             clock,
             stop_leases,
             limit=config.upkeep.max_rows_per_round,
-            every_s=lambda: config.upkeep.interval_s,
+            every_s=lambda: self._config.upkeep.interval_s,
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
         )
 
@@ -73,8 +73,9 @@ class Operators:
     def rpc_secrets(self) -> Mapping[str, Sequence[SecretStr]]:
         return {SERVICE: self._config.admin.secrets} if self._config.admin.secrets else {}
 
-    def reload(self) -> None:
-        """Read the file of switches now."""
+    def reload(self, config: BrokerConfig) -> None:
+        """This configuration holds from now on; read the file of switches now."""
+        self._config = config
         self._file.reload()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

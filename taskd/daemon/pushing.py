@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 import trio
@@ -12,7 +13,6 @@ from taskd.config.schema import BrokerConfig
 from taskd.dispatch.parking import Parking
 from taskd.dispatch.push import Connect, PushClient, PushDispatch, PushSettings
 from taskd.inflight.writer import Inflight
-from taskd.rpc import tls
 from taskd.rpc.access import Access
 from taskd.rpc.client import connect
 from taskd.upkeep.duties import Duty
@@ -20,27 +20,29 @@ from taskd.wire.signing import Secrets
 
 
 def push_dispatch(
-    config: BrokerConfig, clock: Clock, inflight: Inflight, draining: trio.Event, secrets: Secrets
+    config: BrokerConfig,
+    clock: Clock,
+    inflight: Inflight,
+    draining: trio.Event,
+    secrets: Secrets,
+    context: ssl.SSLContext | None,
 ) -> PushDispatch | None:
-    """None when delivery is pull. Raises StartupError when a file of its TLS cannot be used."""
+    """None when delivery is pull. `context`: of calls to URLs that begin with https."""
     if config.dispatch.mode == "pull":
         return None
     push = config.push
     settings = PushSettings(push.timeout_s, push.max_in_flight_per_worker)
-    return PushDispatch(inflight, _connect(config, clock, secrets), draining, push.worker_map, settings)
+    return PushDispatch(inflight, _connect(context, clock, secrets), draining, push.worker_map, settings)
 
 
-def parking_duty(config: BrokerConfig, inflight: Inflight, push: PushDispatch | None) -> Duty:
+def parking_duty(config: Callable[[], BrokerConfig], inflight: Inflight, push: PushDispatch | None) -> Duty:
     """Pull serves every application: then it only brings back what push had parked."""
-    limit = config.upkeep.max_rows_per_round
+    limit = config().upkeep.max_rows_per_round
     parking = Parking(inflight, push.served if push is not None else lambda: None, limit=limit)
-    return Duty("park", parking.round, limit, lambda: config.upkeep.interval_s)
+    return Duty("park", parking.round, limit, lambda: config().upkeep.interval_s)
 
 
-def _connect(config: BrokerConfig, clock: Clock, secrets: Secrets) -> Connect:
-    files = config.push.tls
-    context: ssl.SSLContext | None = tls.client_context(files.ca, files.certificate, files.key)
-
+def _connect(context: ssl.SSLContext | None, clock: Clock, secrets: Secrets) -> Connect:
     def connect_to(url: str) -> AbstractAsyncContextManager[PushClient]:
         scheme, _, address = url.partition("://")
         access = Access(secrets, context if scheme == "https" else None)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pydantic import SecretStr
 
 from taskd.clock import Clock
-from taskd.config.schema import HttpSection, ListenTlsSection, PoolSection, ProducerConfig, RpcSection
+from taskd.config.schema import (
+    HttpSection,
+    ListenTlsSection,
+    PoolSection,
+    ProducerConfig,
+    PushSection,
+    RpcSection,
+)
 from taskd.rpc import tls
 from taskd.rpc.auth import Guard
 from taskd.wire.signing import Secrets
@@ -45,17 +52,22 @@ def producer_access(config: ProducerConfig) -> Access:
     return Access(revealed([config.secret] if config.secret else []), context)
 
 
-def server_tls(section: RpcSection) -> ssl.SSLContext | None:
+def server_tls(section: RpcSection) -> tls.RenewableContext | None:
     """Of the gRPC listener. Raises StartupError as `pool_access`."""
     return _listener_context(section.tls, tls.ALPN)
 
 
-def http_tls(section: HttpSection) -> ssl.SSLContext | None:
+def http_tls(section: HttpSection) -> tls.RenewableContext | None:
     """Of the HTTP listener. Raises StartupError as `pool_access`."""
     return _listener_context(section.tls, tls.HTTP_ALPN)
 
 
-def _listener_context(section: ListenTlsSection | None, alpn: Sequence[str]) -> ssl.SSLContext | None:
+def push_tls(section: PushSection) -> tls.RenewableContext:
+    """Of calls to workers. Raises StartupError as `pool_access`."""
+    return tls.client_context(section.tls.ca, section.tls.certificate, section.tls.key)
+
+
+def _listener_context(section: ListenTlsSection | None, alpn: Sequence[str]) -> tls.RenewableContext | None:
     if section is None:
         return None
     return tls.server_context(section.certificate, section.key, section.client_ca, alpn)

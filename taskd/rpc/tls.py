@@ -13,15 +13,40 @@ ALPN = ("h2",)
 HTTP_ALPN = ("http/1.1",)
 
 
+class RenewableContext(ssl.SSLContext):
+    """A context that another one can take the place of, for connections from then on.
+
+    A context by itself cannot be told to forget a certificate or an authority.
+    """
+
+    latest: ssl.SSLContext | None = None
+
+    def renew(self, latest: ssl.SSLContext) -> None:
+        """Connections from now on are made by `latest`; those that there are stay as they are."""
+        self.latest = latest
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        """Where asyncio and Trio begin each connection."""
+        wrap = super().wrap_bio if self.latest is None else self.latest.wrap_bio
+        return wrap(incoming, outgoing, server_side, server_hostname, session)
+
+
 def server_context(
     certificate: Path, key: Path, client_ca: Path | None = None, alpn: Sequence[str] = ALPN
-) -> ssl.SSLContext:
+) -> RenewableContext:
     """For a listener that speaks `alpn`.
 
     With `client_ca`, callers must show a certificate that it signed (mutual TLS).
     Files are PEM; `certificate` holds the chain, own certificate first. Raises StartupError.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = RenewableContext(ssl.PROTOCOL_TLS_SERVER)
     _settle(context, alpn)
     _show(context, certificate, key)
     if client_ca is not None:
@@ -30,26 +55,15 @@ def server_context(
     return context
 
 
-def renew(context: ssl.SSLContext, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
-    """Show what the files hold now, to connections from now on; authorities are added, none is taken away.
-
-    Raises StartupError; then nothing has changed.
-    """
-    server_context(certificate, key, client_ca)  # apart, because a wrong pair would leave half of it behind
-    _show(context, certificate, key)
-    if client_ca is not None:
-        _trust(context, client_ca)
-
-
 def client_context(
     ca: Path | None = None, certificate: Path | None = None, key: Path | None = None
-) -> ssl.SSLContext:
+) -> RenewableContext:
     """For a client: the server's certificate must be signed by `ca` (None: an authority the machine
     trusts) and carry the name it was called by. `certificate` and `key` are shown to servers that ask.
 
     Raises StartupError.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = RenewableContext(ssl.PROTOCOL_TLS_CLIENT)
     _settle(context, ALPN)
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import trio
 import trio.testing
 
 from taskd.activation.lifecycle import Status
+from taskd.config.schema import BrokerConfig
+from taskd.daemon.operators import Operators
 from taskd.inflight.base import Policy
 from taskd.ingest.backpressure import Limits
+from taskd.log.base import Outgoing, Position
 from taskd.testing.clock import TrioClock
 from taskd.upkeep.duties import Duty, Upkeep
 
@@ -62,3 +66,16 @@ async def test_a_new_interval_holds_after_the_round_that_waits(
         await trio.sleep(62)
         nursery.cancel_scope.cancel()
     assert [round(at - rounds[0]) for at in rounds[:4]] == [0, 60, 61, 62]
+
+
+async def test_the_duties_of_switches_keep_the_interval_that_holds(
+    broker: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def append(records: Sequence[Outgoing]) -> list[Position | Exception]:
+        return []
+
+    config = BrokerConfig.model_validate({"upkeep": {"interval_s": 3}})
+    operators = Operators(config, broker.clock, broker.inflight, {}, append, lambda leases: None)
+    assert {duty.every_s() for duty in operators.duties} == {3}
+    operators.reload(BrokerConfig.model_validate({"upkeep": {"interval_s": 0.5}}))
+    assert {duty.every_s() for duty in operators.duties} == {0.5}

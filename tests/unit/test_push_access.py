@@ -15,6 +15,7 @@ from taskd.daemon.pushing import push_dispatch
 from taskd.inflight.base import Arrival, Policy
 from taskd.inflight.writer import open_inflight
 from taskd.rpc import tls
+from taskd.rpc.access import push_tls
 from taskd.rpc.auth import Guard
 from taskd.rpc.base import Unary
 from taskd.rpc.server import serve
@@ -77,7 +78,8 @@ async def test_a_worker_that_wants_certificates_and_signatures(tmp_path: Path, s
                 },
             }
         )
-        push = push_dispatch(config, clock, inflight, trio.Event(), Secrets([secret]))
+        context = push_tls(config.push)
+        push = push_dispatch(config, clock, inflight, trio.Event(), Secrets([secret]), context)
         assert push is not None
         nursery.start_soon(push.run)
         moved = inflight.watch(Status.PROCESSING, Status.PENDING)
@@ -93,10 +95,8 @@ async def test_a_worker_that_wants_certificates_and_signatures(tmp_path: Path, s
         nursery.cancel_scope.cancel()
 
 
-def test_pull_needs_none_of_it(tmp_path: Path) -> None:
-    missing = {"push": {"tls": {"ca": tmp_path / "missing.pem"}}}
-    config = BrokerConfig.model_validate(missing)
-    assert push_dispatch(config, SystemClock(), None, None, Secrets()) is None  # type: ignore[arg-type]
+def test_pull_needs_none_of_it() -> None:
+    assert push_dispatch(BrokerConfig(), SystemClock(), None, None, Secrets(), None) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

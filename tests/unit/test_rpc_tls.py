@@ -106,11 +106,39 @@ async def test_a_renewed_certificate_counts_for_the_next_connection(files: Files
             async with connect(address, access) as client:
                 with pytest.raises(PeerUnavailable):
                     await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S)
-            with pytest.raises(StartupError, match="does not belong"):
-                tls.renew(context, files.server[0], files.client[1])
-            tls.renew(context, *files.server)
+            context.renew(tls.server_context(*files.server))
             async with connect(address, access) as client:
                 assert await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S) == b"x"
+
+
+async def test_an_authority_that_was_taken_away_is_not_trusted_any_more(files: Files) -> None:
+    context = tls.server_context(*files.server, files.stranger_ca)
+    access = reached_with(tls.client_context(files.ca, *files.stranger))
+    with trio.fail_after(GENEROUS_S):
+        async with aio.open_loop(), serve(SERVICES, "127.0.0.1", 0, tls=context) as port:
+            address = f"127.0.0.1:{port}"
+            async with connect(address, access) as client, connect(address, access) as later:
+                assert await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S) == b"x"
+                context.renew(tls.server_context(*files.server, files.ca))
+                with pytest.raises(PeerUnavailable):
+                    await later.call("/test/Echo", b"x", timeout_s=GENEROUS_S)
+                assert await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S) == b"x"  # connected before
+            async with connect(address, reached_with(tls.client_context(files.ca, *files.client))) as client:
+                assert await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S) == b"x"
+
+
+async def test_a_client_shows_what_was_renewed_when_it_connects_again(files: Files) -> None:
+    ours = tls.client_context(files.ca, *files.stranger)
+    with trio.fail_after(GENEROUS_S):
+        async with (
+            aio.open_loop(),
+            serve(SERVICES, "127.0.0.1", 0, tls=tls.server_context(*files.server, files.ca)) as port,
+            connect(f"127.0.0.1:{port}", reached_with(ours)) as client,
+        ):
+            with pytest.raises(PeerUnavailable):
+                await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S)
+            ours.renew(tls.client_context(files.ca, *files.client))
+            assert await client.call("/test/Echo", b"x", timeout_s=GENEROUS_S) == b"x"
 
 
 WRONG: dict[str, Callable[[Files], tuple[ssl.SSLContext, ssl.SSLContext | None]]] = {

@@ -139,12 +139,11 @@ async def test_the_pages_over_tls(tmp_path):
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     both = tmp_path / "both.pem"
     section = HttpSection(tls=ListenTlsSection(certificate=both, key=both))
+    context = http_tls(section)
     trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
     async with trio.open_nursery() as nursery:
         port = await nursery.start(
-            lambda task_status: serve_http(
-                "127.0.0.1", 0, Parts(), tls=http_tls(section), task_status=task_status
-            )
+            lambda task_status: serve_http("127.0.0.1", 0, Parts(), tls=context, task_status=task_status)
         )
         with pytest.raises(trio.BrokenResourceError):
             async with await trio.open_ssl_over_tcp_stream("127.0.0.1", port) as stranger:
@@ -155,4 +154,9 @@ async def test_the_pages_over_tls(tmp_path):
             await stream.send_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             answer = b"".join([chunk async for chunk in stream])
         assert answer.startswith(b"HTTP/1.1 200")
+        trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(both)
+        context.renew(http_tls(section))
+        with pytest.raises(trio.BrokenResourceError):  # nobody it knows signed the new one
+            async with await trio.open_ssl_over_tcp_stream("127.0.0.1", port, ssl_context=trusting) as later:
+                await later.do_handshake()
         nursery.cancel_scope.cancel()
