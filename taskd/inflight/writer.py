@@ -290,6 +290,10 @@ class Inflight:
         """Of what is stored. Pages that were freed do not count: the file keeps them for what comes."""
         return self._store.used_bytes
 
+    @property
+    def policy(self) -> Policy:
+        return self._store.policy
+
     def set_policy(self, policy: Policy) -> None:
         """From the next write on, these limits hold; what was handed out keeps its deadline."""
         self._store.policy = policy

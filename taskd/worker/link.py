@@ -184,6 +184,7 @@ class Link:
         self.account.connection_lost()  # tell everything anew: nobody knows what arrived before
         self._sent_at = trio.current_time()
         self.account.lease_until = self._sent_at + self._lease_s
+        self.account.max_deadline_s = welcome.max_deadline_ms / 1000 or None
         self.state, self.credit = "working", StreamCredit()
         log.info("broker connected", address=self.address, store_id=welcome.store_id)
         self._on_change()

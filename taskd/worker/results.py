@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from taskd.wire.frames import HandBack, LeaseRef, Result, Results, Started, WorkerFrame
+from taskd.wire.frames import (
+    HandBack,
+    Heartbeat,
+    LeaseRef,
+    Result,
+    Results,
+    Started,
+    TaskProgress,
+    WorkerFrame,
+)
 
 MAX_RESULTS_PER_FRAME = 1_024
 MAX_RESULT_BYTES_PER_FRAME = 1_000_000
@@ -36,15 +46,21 @@ class Account:
     """Everything between this worker and one store.
 
     `lease_until`: when the leases end unless the store hears from this worker; while connected,
-    every frame sent moves it.
+    every frame sent moves it. `max_deadline_s`: how far after its start the heartbeats of a task move its
+    deadline; None: as far as they like.
     """
+
+    moves_deadlines: ClassVar[bool] = True  # whether the store hears of a task's own signs of life
 
     store_id: str
     lease_until: float = float("inf")
+    max_deadline_s: float | None = None
     jobs: dict[LeaseRef, Job] = field(default_factory=dict)
     untaken: dict[LeaseRef, Result] = field(default_factory=dict)
     running: set[LeaseRef] = field(default_factory=set)
     _started: dict[LeaseRef, None] = field(default_factory=dict)
+    _progress: dict[LeaseRef, TaskProgress] = field(default_factory=dict)  # the newest of each running task
+    _progress_unsent: dict[LeaseRef, None] = field(default_factory=dict)
     _results: deque[Result] = field(default_factory=deque)
     _back: dict[LeaseRef, None] = field(default_factory=dict)
     _back_sent: deque[LeaseRef] = field(default_factory=lambda: deque(maxlen=REMEMBERED_HAND_BACKS))
@@ -62,12 +78,23 @@ class Account:
         self.running.add(job.lease)
         self._started[job.lease] = None
 
+    def heartbeat(self, job: Job, progress: float | None, message: str) -> None:
+        """A task is alive, and 0 to 1 of its work is done. What it does not say is as it said before."""
+        lease = job.lease
+        if lease not in self.running:
+            return
+        before = self._progress.get(lease)
+        permille = None if progress is None else round(progress * 1000)
+        if before is not None:
+            permille = before.permille if permille is None else permille
+            message = message or before.message
+        self._progress[lease] = TaskProgress(*lease, permille, message)
+        self._progress_unsent[lease] = None
+
     def finish(self, job: Job, result: Result) -> None:
         """Keep the result until the store has it. A start nobody was told of yet is implied by it."""
         lease = job.lease
-        self.jobs.pop(lease, None)
-        self.running.discard(lease)
-        self._started.pop(lease, None)
+        self._end(lease)
         self.untaken[lease] = result
         self._results.append(result)
 
@@ -80,9 +107,15 @@ class Account:
 
     def forget(self, job: Job) -> None:
         """It was stopped: the store knows, and expects to hear nothing."""
-        self.jobs.pop(job.lease, None)
-        self.running.discard(job.lease)
-        self._started.pop(job.lease, None)
+        self._end(job.lease)
+
+    def _end(self, lease: LeaseRef) -> None:
+        self.jobs.pop(lease, None)
+        self.running.discard(lease)
+        self._started.pop(lease, None)
+        if self._progress:
+            self._progress.pop(lease, None)
+            self._progress_unsent.pop(lease, None)
 
     def hand_back(self, job: Job) -> None:
         """Not started here, and not going to be."""
@@ -97,7 +130,7 @@ class Account:
 
     @property
     def has_news(self) -> bool:
-        return bool(self._results or self._started or self._back)
+        return bool(self._results or self._started or self._back or self._progress_unsent)
 
     @property
     def settled(self) -> bool:
@@ -114,6 +147,7 @@ class Account:
         self._back_sent.clear()
         for lease in self.running:
             self._started.setdefault(lease, None)
+        self._progress_unsent = dict.fromkeys(self._progress)
         self._results = deque(self.untaken.values())
 
     def news(self) -> list[WorkerFrame]:
@@ -122,6 +156,9 @@ class Account:
         if self._started:
             frames.append(Started(tuple(self._started)))
             self._started.clear()
+        if self._progress_unsent:
+            frames.append(Heartbeat(tuple(self._progress[lease] for lease in self._progress_unsent)))
+            self._progress_unsent.clear()
         while self._results:
             frames.append(Results(self._batch()))
         if self._back:

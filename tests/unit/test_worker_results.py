@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from taskd.wire.frames import Assignment, HandBack, LeaseRef, Result, Results, ResultStatus, Started
+from taskd.wire.frames import (
+    Assignment,
+    HandBack,
+    Heartbeat,
+    LeaseRef,
+    Result,
+    Results,
+    ResultStatus,
+    Started,
+    TaskProgress,
+)
 from taskd.worker.backlog import Backlog
 from taskd.worker.results import MAX_RESULTS_PER_FRAME, Account, Job
 
@@ -117,3 +127,42 @@ def test_room_made_by_a_stop_is_news_to_the_links() -> None:
     backlog.put_back([begins])
     assert news == ["news"] * 2
     assert backlog.jobs_count == 0
+
+
+def test_progress_is_told_once_and_merged_until_then() -> None:
+    account = Account("s")
+    one, two = job(account, "one"), job(account, "two")
+    account.heartbeat(one, 0.1, "has not begun: nothing to tell")
+    account.start(one)
+    account.start(two)
+    account.heartbeat(one, 0.25, "a quarter")
+    account.heartbeat(two, None, "")
+    account.heartbeat(one, None, "still a quarter")
+    assert account.has_news
+    assert account.news() == [
+        Started((one.lease, two.lease)),
+        Heartbeat((TaskProgress("one", 1, 250, "still a quarter"), TaskProgress("two", 1))),
+    ]
+    assert account.news() == []
+    account.heartbeat(one, 1.0, "")
+    assert account.news() == [Heartbeat((TaskProgress("one", 1, 1000, "still a quarter"),))]
+
+
+def test_the_newest_progress_of_what_runs_is_told_again_after_a_lost_connection() -> None:
+    account = Account("s")
+    runs, ended, stopped = job(account, "runs"), job(account, "ended"), job(account, "stopped")
+    for each in (runs, ended, stopped):
+        account.start(each)
+        account.heartbeat(each, 0.5, "")
+    account.news()
+    account.finish(ended, complete("ended"))
+    account.forget(stopped)
+    account.connection_lost()
+    assert account.news() == [
+        Started((runs.lease,)),
+        Heartbeat((TaskProgress("runs", 1, 500),)),
+        Results((complete("ended"),)),
+    ]
+    account.heartbeat(runs, 0.9, "")
+    account.finish(runs, complete("runs"))
+    assert account.news() == [Results((complete("runs"),))]
