@@ -1,4 +1,7 @@
-"""The queue that all slots share, and the accounts behind it. Nothing here waits; slots and links do."""
+"""What waits for a slot, and the accounts behind it. Nothing here waits; slots and links do.
+
+Async tasks have a queue of their own, so neither kind ever stands in the other's way.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from taskd.wire.frames import Assignment, LeaseRef
+from taskd.errors import Undecodable
+from taskd.wire.envelope import scan
+from taskd.wire.frames import Assignment, LeaseRef, TaskName
 from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
 
 log = structlog.get_logger("taskd.worker")
@@ -35,13 +40,20 @@ class Backlog:
         self.closed = False
         self.reserved = 0  # slots for what calls under way may bring
         self._hands_back = hands_back
+        self.async_tasks: frozenset[TaskName] = frozenset()  # what async slots run
         self._waiting: deque[Job] = deque()
+        self._waiting_async: deque[Job] = deque()
         self._on_work = on_work
         self._on_news = on_news
         self._on_stop = on_stop
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._waiting_async)
+
+    @property
+    def async_count(self) -> int:
+        """Async activations that wait."""
+        return len(self._waiting_async)
 
     @property
     def jobs_count(self) -> int:
@@ -55,7 +67,11 @@ class Backlog:
     @property
     def longest_s(self) -> float:
         """The longest deadline of what waits; 0 when nothing does."""
-        return max((job.deadline_s for job in self._waiting), default=0.0)
+        return max((job.deadline_s for queue in self._queues for job in queue), default=0.0)
+
+    @property
+    def _queues(self) -> tuple[deque[Job], deque[Job]]:
+        return self._waiting, self._waiting_async
 
     @property
     def settled(self) -> bool:
@@ -69,32 +85,50 @@ class Backlog:
             expires_at = None if item.expires_in_ms is None else now + item.expires_in_ms / 1000
             deadline_s = (item.processing_deadline_ms or DEFAULT_DEADLINE_MS) / 1000
             job = Job(account, item.lease, item.activation, deadline_s, expires_at, now)
+            job.is_async = bool(self.async_tasks) and self._is_async(item.activation)
             if not account.accept(job):
                 log.warning("assigned twice", id=item.id, fence=item.fence)
             elif self._gives_back:
                 account.hand_back(job)
             else:
-                self._waiting.append(job)
+                self._queue(job).append(job)
         self._on_news() if self._gives_back else self._on_work()
 
     def take(self, most: int, slots: int, now: float) -> list[Job]:
         """The next jobs for one of `slots`: its fair share, at most `most`, and only what may still start."""
         fair = -(-len(self._waiting) // slots)
+        return self._take(self._waiting, min(most, fair), now)
+
+    def take_async(self, most: int, now: float) -> list[Job]:
+        """The next async jobs, at most `most`, and only what may still start."""
+        return self._take(self._waiting_async, most, now)
+
+    def _take(self, queue: deque[Job], most: int, now: float) -> list[Job]:
         jobs: list[Job] = []
-        while self._waiting and len(jobs) < min(most, fair):
-            job = self._waiting.popleft()
+        while queue and len(jobs) < most:
+            job = queue.popleft()
             if self._may_start(job, now):
                 jobs.append(job)
         return jobs
+
+    def _queue(self, job: Job) -> deque[Job]:
+        return self._waiting_async if job.is_async else self._waiting
+
+    def _is_async(self, activation: bytes) -> bool:
+        try:
+            envelope = scan(activation)
+        except Undecodable:
+            return False
+        return TaskName(envelope.application, envelope.namespace, envelope.taskname) in self.async_tasks
 
     def stop(self, account: Account, leases: Iterable[LeaseRef]) -> None:
         """Forget those that wait, and mark those that are in a child: `on_stop` looks for them."""
         stopped = [job for lease in leases if (job := account.jobs.get(lease)) is not None]
         for job in stopped:
             job.stopped = True
-        waiting = [job for job in self._waiting if job.stopped]
+        waiting = [job for queue in self._queues for job in queue if job.stopped]
         for job in waiting:
-            self._waiting.remove(job)
+            self._queue(job).remove(job)
             account.forget(job)
         if waiting:
             self._on_news()  # there is room for other work
@@ -114,24 +148,27 @@ class Backlog:
                 job.account.hand_back(job)
             self._on_news()
         else:
-            self._waiting.extendleft(reversed(jobs))
+            for job in reversed(jobs):
+                self._queue(job).appendleft(job)
             self._on_work()
 
     def hand_back_late(self, now: float) -> None:
         """Give back what waited longer than `PATIENCE_S`."""
-        while self._hands_back and self._waiting and now - self._waiting[0].waiting_since >= PATIENCE_S:
-            job = self._waiting.popleft()
-            if self._may_start(job, now):
-                job.account.hand_back(job)
-                self._on_news()
+        for queue in self._queues:
+            while self._hands_back and queue and now - queue[0].waiting_since >= PATIENCE_S:
+                job = queue.popleft()
+                if self._may_start(job, now):
+                    job.account.hand_back(job)
+                    self._on_news()
 
     def close(self) -> None:
         """Hand back everything that waits, and whatever comes from now on."""
         self.closed = True
         if self._hands_back:
-            for job in self._waiting:
-                job.account.hand_back(job)
-            self._waiting.clear()
+            for queue in self._queues:
+                for job in queue:
+                    job.account.hand_back(job)
+                queue.clear()
         self._on_news()
 
     @property

@@ -39,6 +39,7 @@ class Job:
     expires_at: float | None
     waiting_since: float
     stopped: bool = False  # by an operator's order: not to be started, not to be reported
+    is_async: bool = False
 
 
 @dataclass(eq=False, slots=True)
