@@ -24,6 +24,7 @@ from taskd.wire.envelope import scan
 REMEMBER_MS = 24 * 3_600_000  # finished ids outlive the reading of the log, which may take hours
 UNREADABLE = (apsw.Error, UnicodeDecodeError)
 SLICE = 500  # rows of one transaction
+MAX_NUMBER = 2**60  # a larger one is damage: fences are microseconds since 1970, about 2**51
 _NOT_TAKEN = {"row", "lane"}  # numbers of the file they come from
 
 Row = dict[str, Any]
@@ -142,7 +143,8 @@ def salvage(damaged: Path, store: SqliteStore, now: Now) -> Salvaged:
                 _take(batch, file, store, now, found)
                 batch = []
         _take(batch, file, store, now, found)
-        store.last_fence = max(store.last_fence, file.meta("last_fence"))
+        # Of what cannot be read, this is the highest that a clock which went right can have given.
+        store.last_fence = max(store.last_fence, file.meta("last_fence"), now.wall_ms * 1000)
         store.last_seq = max(store.last_seq, file.meta("last_seq"))
         found.complete = file.complete and not found.unusable and bool(file.columns)
     finally:
@@ -175,6 +177,7 @@ def _take(rows: Sequence[Row], file: DamagedFile, store: SqliteStore, now: Now, 
 
 
 def _take_one(row: Row, file: DamagedFile, store: SqliteStore, now: Now, found: Salvaged) -> None:
+    _pass_numbers(row, store)
     try:
         status = _checked(row)
         lane = store.lane_of(*file.lane_of(row))
@@ -190,6 +193,15 @@ def _take_one(row: Row, file: DamagedFile, store: SqliteStore, now: Now, found: 
         found.finished += 1
     else:
         found.unfinished[status] += 1
+
+
+def _pass_numbers(row: Row, store: SqliteStore) -> None:
+    """No fence and no place in the order that was given is given again, also when `meta` cannot be read."""
+    fence, seq = row.get("fence"), row.get("seq")
+    if isinstance(fence, int) and fence < MAX_NUMBER:
+        store.last_fence = max(store.last_fence, fence)
+    if isinstance(seq, int) and seq < MAX_NUMBER:
+        store.last_seq = max(store.last_seq, seq)
 
 
 def _checked(row: Row) -> Status:

@@ -350,6 +350,30 @@ async def test_what_can_be_read_is_taken(path: Path, tmp_path: Path, seed: int) 
         await claim(store, 400)
 
 
+@pytest.mark.parametrize("wall_clock_set_back_s", [0, 24 * 3600])
+async def test_no_fence_is_used_again_when_the_highest_cannot_be_read(
+    path: Path, tmp_path: Path, wall_clock_set_back_s: int
+) -> None:
+    await fill_in_all_states(path)
+    db = database.apsw.Connection(str(path))
+    (highest,) = db.execute("SELECT max(fence) FROM inflight").fetchone()
+    (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'meta'").fetchone()
+    db.close()
+    flip(path, (page - 1) * 4096, 4096)
+    clock = FixedClock()
+    clock.wall_ms -= wall_clock_set_back_s * 1000
+    new = tmp_path / "new.sqlite"
+    store = SqliteStore(new, clock.now(), Policy())
+    found = salvage(path, store, clock.now())
+    store.close()
+    assert found.unfinished.total() == 250
+    assert not found.complete
+    store = SqliteStore(new, clock.now(), Policy())
+    assert store.last_fence >= max(highest, clock.wall_ms * 1000)
+    assert store.last_seq >= 400
+    store.close()
+
+
 async def test_of_garbage_nothing_is_taken(path: Path, tmp_path: Path) -> None:
     path.write_bytes(b"certainly not a database" * 1_000)  # noqa: ASYNC240
     found = salvaged(path, tmp_path / "new.sqlite")
