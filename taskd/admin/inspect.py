@@ -45,4 +45,11 @@ def _status(found: Description) -> ActivationStatus:
         finished_at_ms=found.finished_at_ms,
         reason=found.reason,
         error=found.error,
+        worker=found.worker,
+        fence=found.fence,
+        started_at_ms=found.started_at_ms,
+        deadline_in_ms=found.deadline_in_ms,
+        permille=found.permille,
+        message=found.message,
+        heartbeat_age_ms=found.heartbeat_age_ms,
     )

@@ -26,7 +26,11 @@ class Caller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the broker knows of one activation now. `state`: a status of the life cycle, gone, or unknown."""
+    """What the broker knows of one activation now. `state`: a status of the life cycle, gone, or unknown.
+
+    From `worker` on: of the lease it is held under. `permille` (of its work that is done) and `message`
+    are what the task said in its last heartbeat, `heartbeat_age_ms` ago.
+    """
 
     id: str
     state: str = "unknown"
@@ -38,6 +42,13 @@ class Seen:
     finished_at_ms: int = 0
     reason: str = ""
     error: str = ""
+    worker: str = ""
+    fence: int = 0
+    started_at_ms: int = 0
+    deadline_in_ms: int | None = None
+    permille: int | None = None
+    message: str = ""
+    heartbeat_age_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,4 +248,11 @@ def _seen(raw: bytes) -> Seen:
         finished_at_ms=whole(8),
         reason=text(9),
         error=text(10),
+        worker=text(11),
+        fence=whole(12),
+        started_at_ms=whole(13),
+        deadline_in_ms=whole(14) if 14 in found else None,
+        permille=whole(15) if 15 in found else None,
+        message=text(16),
+        heartbeat_age_ms=whole(17) if 17 in found else None,
     )

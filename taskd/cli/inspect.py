@@ -64,6 +64,7 @@ def _line(seen: Seen) -> str:
         parts.append(f"started {seen.attempts} time{'s' if seen.attempts > 1 else ''}")
     if seen.received_at_ms and seen.finished_at_ms:
         parts.append(f"after {max(0, seen.finished_at_ms - seen.received_at_ms)} ms")
+    parts += _running(seen)
     if seen.continued_as:
         parts.append(f"continued as {seen.continued_as}")
     if seen.dead_lettered:
@@ -73,3 +74,23 @@ def _line(seen: Seen) -> str:
     elif seen.reason or seen.error:
         parts.append(f"({': '.join(filter(None, (seen.reason, seen.error)))})")
     return " ".join(parts)
+
+
+def _running(seen: Seen) -> list[str]:
+    """Where it runs, since when, until when, and what it says of itself."""
+    from datetime import UTC, datetime
+
+    parts = []
+    if seen.worker:
+        parts.append(f"by worker {seen.worker}")
+    if seen.started_at_ms:
+        parts.append(f"since {datetime.fromtimestamp(seen.started_at_ms / 1000, UTC):%Y-%m-%d %H:%M:%SZ}")
+    if seen.deadline_in_ms is not None:
+        parts.append(f"lease ends in {max(seen.deadline_in_ms, 0) / 1000:.0f} s")
+    if seen.permille is not None:
+        parts.append(f"{seen.permille / 10:.0f} %")
+    if seen.message:  # of a task: it may hold what a terminal would obey
+        parts.append("".join(c if c.isprintable() else " " for c in seen.message))
+    if seen.heartbeat_age_ms is not None:
+        parts.append(f"(heartbeat {seen.heartbeat_age_ms / 1000:.0f} s ago)")
+    return parts

@@ -147,9 +147,7 @@ class Inflight:
     async def report(self, reports: Sequence[Report]) -> list[Verdict]:
         verdicts = await self._submit(lambda now: self._leases.report(reports, now))
         self._progress.forget(
-            report.id
-            for report, verdict in zip(reports, verdicts, strict=True)
-            if verdict is Verdict.APPLIED
+            report.id for report, verdict in zip(reports, verdicts, strict=True) if verdict is Verdict.APPLIED
         )
         return verdicts
 

@@ -74,6 +74,8 @@ def checked(progress: object, message: object) -> tuple[float | None, str]:
     if not isinstance(message, str):
         raise TypeError(f"heartbeat: message: expected a text, found {message!r:.100}")
     message = message[:MAX_MESSAGE_CHARACTERS]
+    if not message.isascii():  # half a pair of surrogates could not be sent
+        message = message.encode("utf-8", "replace").decode()
     if progress is None:
         return None, message
     if not isinstance(progress, int | float) or isinstance(progress, bool) or math.isnan(progress):

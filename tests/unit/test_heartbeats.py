@@ -113,9 +113,9 @@ def test_a_task_reaches_its_supervisor() -> None:
         found = taskd.current_task()
         assert found is not None
         assert (found.attempt, found.attempts, found.fence, found.deadline) == (2, 2, 7, 4.5)
-        assert not found.cancelled
+        told = [found.cancelled]
         supervisor.cancelled = True
-        assert found.cancelled
+        assert [*told, found.cancelled] == [False, True]
         found.heartbeat(progress=1 / 4, message="x" * 500)
         found.heartbeat(progress=7)
         taskd.heartbeat(message="by the function")
@@ -133,6 +133,10 @@ def test_outside_a_worker_a_heartbeat_does_nothing() -> None:
 def test_a_progress_that_is_no_number_is_refused(progress: object) -> None:
     with pytest.raises(ValueError, match="progress: expected a number from 0 to 1"):
         CurrentTask("a" * 32, "mail", "send").heartbeat(progress)  # type: ignore[arg-type]
+
+
+def test_a_message_that_cannot_be_sent_is_mended() -> None:
+    assert heartbeats.checked(None, "größer \ud800") == (None, "größer ?")
 
 
 def test_a_message_that_is_no_text_is_refused() -> None:

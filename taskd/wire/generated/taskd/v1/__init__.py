@@ -263,6 +263,36 @@ class ActivationStatus(betterproto2.Message):
 
     error: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
 
+    worker: "str" = betterproto2.field(11, betterproto2.TYPE_STRING)
+    """
+    Of the lease it is held under; absent, empty or 0 when nobody holds it.
+
+    worker_id of its hello; empty for workers without a stream
+    """
+
+    fence: "int" = betterproto2.field(12, betterproto2.TYPE_UINT64)
+
+    started_at_ms: "int" = betterproto2.field(13, betterproto2.TYPE_INT64)
+
+    deadline_in_ms: "int | None" = betterproto2.field(14, betterproto2.TYPE_INT64, optional=True)
+    """
+    until its lease ends, unless a heartbeat moves that
+    """
+
+    permille: "int | None" = betterproto2.field(15, betterproto2.TYPE_UINT32, optional=True)
+    """
+    As its last heartbeat said.
+
+    of its work that is done
+    """
+
+    message: "str" = betterproto2.field(16, betterproto2.TYPE_STRING)
+
+    heartbeat_age_ms: "int | None" = betterproto2.field(17, betterproto2.TYPE_UINT64, optional=True)
+    """
+    absent: it gave none
+    """
+
 
 default_message_pool.register_message("taskd.v1", "ActivationStatus", ActivationStatus)
 
