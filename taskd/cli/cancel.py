@@ -92,7 +92,7 @@ def words(one: CancelledActivation) -> str:
         Effect.LEAVING: f"cannot be cancelled any more: {_LEAVING.get(one.state, one.state)}",
         Effect.UNKNOWN: "unknown to this broker: still in the log, another broker's, or forgotten; give the "
         "order again later, or with --even-if-unknown",
-    }[Effect(one.effect)]
+    }.get(one.effect, "answered in a way that this version does not know; `taskd status` tells")
     if not one.newest:
         return told
     if one.state == "retry":

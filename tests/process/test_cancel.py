@@ -1,0 +1,80 @@
+"""`taskd cancel` of what runs, waits and is delayed: the code stops, and its slot takes other work."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import recorded_tasks as tasks
+import trio
+from history import Produced
+from kill_scene import TOPIC, Scene, make, open_scene
+
+from taskd.admin.wait import get_status
+from taskd.log.base import Outgoing
+from taskd.producer.build import outgoing
+from taskd.rpc.client import connect
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+AN_HOUR_S = 3_600
+
+
+def delayed() -> tuple[Produced, Outgoing]:
+    call = tasks.noop.to_call(kwargs={"key": "delayed"}, countdown=AN_HOUR_S)
+    record = outgoing(call, time.time_ns() // 1_000_000, TOPIC)
+    return Produced("delayed", "delayed", call.id, record.value), record
+
+
+async def known(scene: Scene, *ids: str) -> None:
+    """Until the broker has read these from its log."""
+    async with connect(scene.address) as client:
+        while any(seen.state == "unknown" for seen in await get_status(client, list(ids))):  # noqa: ASYNC110
+            await trio.sleep(0.02)
+
+
+async def cancel(scene: Scene, *ids: str) -> tuple[int, list[dict[str, str]]]:
+    """The exit code of `taskd cancel`, and its answer for each id."""
+    socket = ("--socket", str(scene.data_dir / "admin.sock"))
+    order = ("--reason", "no longer wanted", "--author", "ann", "--json")
+    command = scene.daemons.start("cancel", *ids, *socket, *order)
+    code = await command.ended()
+    return code, json.loads(command.lines[-1])
+
+
+async def test_whatever_is_cancelled_ends(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    async with open_scene(tmp_path) as scene:
+        broker, worker = scene.broker(), scene.worker(slots=1)
+        await broker.said("broker listens")
+        running, waiting, later, last = (
+            make(rng, "nap", seconds=AN_HOUR_S),
+            make(rng, "nap", seconds=AN_HOUR_S),
+            delayed(),
+            make(rng, "noop"),
+        )
+        await scene.produce_these(running)
+        await scene.started(running[0].key)
+        await scene.produce_these(waiting, later, last)
+        await known(scene, waiting[0].id, later[0].id, last[0].id)
+        code, found = await cancel(scene, waiting[0].id, later[0].id, "never-heard-of", running[0].id)
+        assert code == 1, "one of them is unknown"
+        assert [(one["state"], one["effect"]) for one in found][1:] == [
+            ("delayed", "dropped"), ("unknown", "unknown"), ("processing", "stopping"),
+        ]  # fmt: skip
+        assert found[0]["cancelled"]  # it may be with the worker already, behind the one that runs
+        await scene.started(last[0].key)  # in the one slot there is
+        statuses = await scene.settle()
+        for produced, _ in (running, waiting, later):
+            seen = statuses[produced.id]
+            assert (seen.outcome, seen.reason, seen.error) == (
+                "dropped", "cancelled", "by ann: no longer wanted",
+            )  # fmt: skip
+        assert await worker.stopped() == 0
+        assert await broker.stopped() == 0
+        began = {line.key for line in scene.lines() if line.word == "START"}
+        ended = {line.key for line in scene.lines() if line.word == "END"}
+        assert (began, ended) == ({running[0].key, last[0].key}, {last[0].key})
