@@ -31,6 +31,7 @@ _REPORT_STATUSES = {
     frames.ResultStatus.FAILURE: ReportStatus.FAILURE,
     frames.ResultStatus.RETRY: ReportStatus.RETRY,
     frames.ResultStatus.CRASHED: ReportStatus.CRASHED,
+    frames.ResultStatus.INTERRUPTED: ReportStatus.INTERRUPTED,
 }
 
 

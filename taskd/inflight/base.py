@@ -41,12 +41,17 @@ class LeaseKind(IntEnum):
 
 
 class ReportStatus(Enum):
-    """What a worker says of a lease. CRASHED leaves the decision to the store: the attempts made decide."""
+    """What a worker says of a lease.
+
+    CRASHED leaves the decision to the store: the attempts made decide. INTERRUPTED: the run was broken off
+    through no fault of its own, such as by another task in the same child; the attempt does not count.
+    """
 
     COMPLETE = "complete"
     FAILURE = "failure"
     RETRY = "retry"
     CRASHED = "crashed"
+    INTERRUPTED = "interrupted"
 
 
 class Verdict(Enum):

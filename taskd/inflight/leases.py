@@ -231,6 +231,10 @@ class Leases:
             if leased.status is Status.PROCESSING:
                 self._end(leased, now, "poison", report.error[:MAX_ERROR_CHARS])
             return Verdict.APPLIED
+        if report.status is ReportStatus.INTERRUPTED:
+            if leased.status is Status.PROCESSING:
+                self._end(leased, now, "interrupted", report.error[:MAX_ERROR_CHARS], forgive=True)
+            return Verdict.APPLIED
         self._finish(leased, report, now)
         self._store.measure("received_to_finished", now.wall_ms - leased.received_at_ms)
         return Verdict.APPLIED
@@ -306,13 +310,16 @@ class Leases:
         assert leased is not None  # read in this very transaction
         self._end(leased, now, "deadline", why)
 
-    def _end(self, leased: Leased, now: Now, reason: str, error: str) -> None:
-        """A lease ended without an outcome: wait again, unless that may not be."""
+    def _end(self, leased: Leased, now: Now, reason: str, error: str, *, forgive: bool = False) -> None:
+        """A lease ended without an outcome: wait again, unless that may not be.
+
+        `forgive`: as if it had not been an attempt.
+        """
         if leased.at_most_once:
             reason = "at_most_once"
-        elif leased.attempts < self._store.policy.max_processing_attempts:
+        elif forgive or leased.attempts < self._store.policy.max_processing_attempts:
             self._store.move(leased.row, leased.lane, Status.PROCESSING, Event.LEASE_ENDED)
-            self._store.run("requeue", 0, leased.row)
+            self._store.run("requeue", int(forgive and leased.counted), leased.row)
             return
         self._departures.fail(
             leased.row,

@@ -37,6 +37,7 @@ class ResultStatus(IntEnum):
     FAILURE = 2
     RETRY = 3
     CRASHED = 4
+    INTERRUPTED = 5  # by no fault of its own: the attempt does not count
 
 
 class StopReason(IntEnum):
@@ -336,7 +337,7 @@ def _read_result(raw: bytes) -> Result:
     values = _values(raw)
     number = _uint32(values, 3)
     if number not in _RESULT_STATUSES:
-        raise Undecodable(f"a result has status {number}; expected 1 to 4")
+        raise Undecodable(f"a result has status {number}; expected 1 to 5")
     return Result(
         id=_str(values, 1),
         fence=_int(values, 2),

@@ -164,7 +164,7 @@ def ids(leases: list[Lease]) -> list[str]:
     return [lease.id for lease in leases]
 
 
-COMPLETE, FAILURE, RETRY, CRASHED = ReportStatus
+COMPLETE, FAILURE, RETRY, CRASHED, INTERRUPTED = ReportStatus
 
 
 # ---- arrivals
@@ -585,6 +585,29 @@ async def test_crashes_decide_by_the_attempts_made(opened: Opener) -> None:
         (leaving,) = await store.leaving(1)
         assert (leaving.reason, leaving.error, leaving.attempts) == ("poison", "SIGSEGV", 2)
         check(store)
+
+
+async def test_what_was_interrupted_waits_again_and_the_attempt_does_not_count(opened: Opener) -> None:
+    async with opened(max_processing_attempts=1) as store:
+        await put(store, "a")
+        lease = await one(stream(store))
+        await store.start([lease.ref])
+        for _ in range(2):
+            assert await say(store, lease, INTERRUPTED, error="its neighbour blocked the loop") is APPLIED
+            assert store.counts() == Counter({Status.PENDING: 1})
+            assert (await look(store, "a")).attempts == 0
+            lease = await one(stream(store))
+        await say(store, lease, CRASHED)
+        assert store.counts() == Counter({Status.FAILURE: 1})
+        check(store)
+
+
+async def test_at_most_once_is_not_run_again_after_an_interruption(store: Inflight) -> None:
+    await put(store, "a", at_most_once=True)
+    lease = await one(stream(store))
+    await say(store, lease, INTERRUPTED)
+    (leaving,) = await store.leaving(1)
+    assert leaving.reason == "at_most_once"
 
 
 async def test_long_texts_are_cut(store: Inflight) -> None:

@@ -137,6 +137,11 @@ class ResultStatus(betterproto2.Enum):
     the child died under it: the broker decides by the attempts made
     """
 
+    INTERRUPTED = 5
+    """
+    broken off through no fault of its own: handed out again, the attempt does not count
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -145,6 +150,7 @@ class ResultStatus(betterproto2.Enum):
             2: "RESULT_STATUS_FAILURE",
             3: "RESULT_STATUS_RETRY",
             4: "RESULT_STATUS_CRASHED",
+            5: "RESULT_STATUS_INTERRUPTED",
         }
 
     @classmethod
@@ -155,6 +161,7 @@ class ResultStatus(betterproto2.Enum):
             "RESULT_STATUS_FAILURE": 2,
             "RESULT_STATUS_RETRY": 3,
             "RESULT_STATUS_CRASHED": 4,
+            "RESULT_STATUS_INTERRUPTED": 5,
         }
 
 
