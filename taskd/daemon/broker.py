@@ -27,6 +27,7 @@ from taskd.daemon.locks import hold_data
 from taskd.daemon.logs import open_logs
 from taskd.daemon.operators import Operators
 from taskd.daemon.pushing import parking_duty, push_dispatch
+from taskd.dispatch.roster import Roster
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
 from taskd.inflight.presence import Presence
@@ -129,14 +130,25 @@ class Broker:
         )
         calls = self._certificates.contexts.get("push.tls")
         self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets, calls)
-        duties.append(parking_duty(lambda: self._config, inflight, self._push))
+        roster = Roster(clock)
+        duties.append(
+            parking_duty(
+                inflight,
+                self._push,
+                roster,
+                limit=config.upkeep.max_rows_per_round,
+                every_s=lambda: self._config.upkeep.interval_s,
+            )
+        )
         self._stream = StreamDispatch(
             inflight,
             presence,
+            roster,
             self._draining,
             lease_ms=settings.milliseconds(config.dispatch.lease_s),
             max_assignments_per_frame=config.dispatch.max_assignments_per_frame,
             hands_out=self._push is None,
+            parks_unknown=config.dispatch.unknown_tasks == "park",
         )
         self._operators = Operators(
             config, clock, inflight, activation_logs, self._feeding.append, self._stream.stop_leases
@@ -147,7 +159,7 @@ class Broker:
             duties.append(evacuation_duty(inflight, config.upkeep.max_rows_per_round))
         self._upkeep = Upkeep(duties, clock)
         self._health = BrokerHealth(clock, self._upkeep, self._feeding, inflight, self._draining, self._push)
-        self._unary = UnaryDispatch(inflight, self._draining, hands_out=self._push is None)
+        self._unary = UnaryDispatch(inflight, roster, self._draining, hands_out=self._push is None)
         inflight.observers.append(measure.count)
         inflight.trace(config.log_level == "debug")
 
@@ -210,6 +222,7 @@ class Broker:
             self._push.settings.timeout_s = config.push.timeout_s
             self._push.remap(config.push.worker_map)
         self._stream.max_assignments_per_frame = config.dispatch.max_assignments_per_frame
+        self._stream.parks_unknown = config.dispatch.unknown_tasks == "park"
         if (was.log_level, was.log_format) != (config.log_level, config.log_format):
             setup_logging(config.log_level, config.log_format)
         self._inflight.trace(config.log_level == "debug")

@@ -10,8 +10,9 @@ import trio
 
 from taskd.clock import Clock
 from taskd.config.schema import BrokerConfig
-from taskd.dispatch.parking import Parking
+from taskd.dispatch.parking import PushParking, UnknownTasks
 from taskd.dispatch.push import Connect, PushClient, PushDispatch, PushSettings
+from taskd.dispatch.roster import Roster
 from taskd.inflight.writer import Inflight
 from taskd.rpc.access import Access
 from taskd.rpc.client import connect
@@ -35,11 +36,21 @@ def push_dispatch(
     return PushDispatch(inflight, _connect(context, clock, secrets), draining, push.worker_map, settings)
 
 
-def parking_duty(config: Callable[[], BrokerConfig], inflight: Inflight, push: PushDispatch | None) -> Duty:
-    """Pull serves every application: then it only brings back what push had parked."""
-    limit = config().upkeep.max_rows_per_round
-    parking = Parking(inflight, push.served if push is not None else lambda: None, limit=limit)
-    return Duty("park", parking.round, limit, lambda: config().upkeep.interval_s)
+def parking_duty(
+    inflight: Inflight,
+    push: PushDispatch | None,
+    roster: Roster,
+    *,
+    limit: int,
+    every_s: Callable[[], float],
+) -> Duty:
+    """Push parks applications, workers that fetch have tasks parked that none of them knows."""
+    parking: PushParking | UnknownTasks
+    if push is not None:
+        parking = PushParking(inflight, push.served, limit=limit)
+    else:
+        parking = UnknownTasks(inflight, roster, limit=limit)
+    return Duty("park", parking.round, limit, every_s)
 
 
 def _connect(context: ssl.SSLContext | None, clock: Clock, secrets: Secrets) -> Connect:

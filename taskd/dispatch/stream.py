@@ -6,19 +6,21 @@ started and what became of it. Every frame of the worker keeps its leases alive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import structlog
 import trio
 
+from taskd.dispatch.roster import Roster
 from taskd.errors import PeerUnavailable, Refused, Undecodable
 from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
+from taskd.inflight.heartbeats import Heartbeat
 from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight, Wake
 from taskd.rpc.base import Duplex, Services, Stream
 from taskd.telemetry import metrics
 from taskd.wire import frames
-from taskd.wire.frames import LeaseRef
+from taskd.wire.frames import LeaseRef, StopReason
 
 METHOD = "/taskd.v1.DispatchService/Work"
 HELLO_WITHIN_S = 10.0
@@ -35,24 +37,32 @@ _REPORT_STATUSES = {
 }
 
 
+_TOO_LATE = (Verdict.SUPERSEDED, Verdict.UNKNOWN)
+
+
 class StreamDispatch:
     """`taskd.v1.DispatchService`. Once `draining` is set, nothing is handed out; results are taken.
 
     `hands_out` False: delivery is push. Workers may connect, to report what they still hold.
+    `parks_unknown`: a task that no connected worker knows waits; else it is handed out, and fails.
     """
 
     def __init__(
         self,
         inflight: Inflight,
         presence: Presence,
+        roster: Roster,
         draining: trio.Event,
         *,
         lease_ms: int,
         max_assignments_per_frame: int,
         hands_out: bool = True,
+        parks_unknown: bool = True,
     ) -> None:
         self.inflight = inflight
         self.presence = presence
+        self.roster = roster
+        self.parks_unknown = parks_unknown
         self.draining = draining
         self.lease_ms = lease_ms
         self.max_assignments_per_frame = max_assignments_per_frame
@@ -68,11 +78,11 @@ class StreamDispatch:
         return len(self._sessions)
 
     def stop_leases(self, held: Sequence[tuple[str, Ref]]) -> None:
-        """Tell the workers that are connected to end these, each given with its worker's id."""
+        """An operator wants these to end: tell the workers that are connected, each named by its id."""
         for worker_id, ref in held:
             session = self._sessions.get(worker_id)
             if session is not None:
-                session.stop(ref)
+                session.stop([ref], StopReason.CANCELLED)
 
     async def work(self, stream: Duplex) -> None:
         """Serve one worker until it goes, or until a newer stream of the same worker takes over."""
@@ -87,6 +97,7 @@ class StreamDispatch:
         finally:
             if self._sessions.get(hello.worker_id) is session:
                 del self._sessions[hello.worker_id]
+                self.roster.leave(hello.worker_id)
             metrics.connected_workers.set(len(self._sessions))
             session.closed.set()
 
@@ -129,8 +140,9 @@ class Session:
         self._sending = trio.Lock()
         self._in_work = trio.Semaphore(FRAMES_IN_WORK)
         self._scope = trio.CancelScope()
-        self._to_stop: list[Ref] = []
+        self._to_stop: dict[Ref, StopReason] = {}
         self._stops = Wake()
+        self._knows = dispatch.roster.join(hello.worker_id, hello.tasks, hello.application)
         self.closed = trio.Event()
 
     async def close(self) -> None:
@@ -138,9 +150,9 @@ class Session:
         self._scope.cancel()
         await self.closed.wait()
 
-    def stop(self, ref: Ref) -> None:
-        """Tell the worker to end this lease, together with others soon."""
-        self._to_stop.append(ref)
+    def stop(self, refs: Iterable[Ref], reason: StopReason) -> None:
+        """Tell the worker to end these leases, together with others soon."""
+        self._to_stop |= dict.fromkeys(refs, reason)
         self._stops.set()
 
     async def run(self) -> None:
@@ -153,10 +165,16 @@ class Session:
             try:
                 lost = await inflight.reconcile(hello.worker_id, _refs(holding))
                 worker.info("worker connected", holding=len(holding), lost_on_the_way=lost)
+                self.stop(await inflight.lost(_refs(holding)), StopReason.LOST)
                 if not self._dispatch.hands_out:
                     worker.warning("this worker gets nothing: dispatch.mode is push")
                 await self._send(
-                    frames.Welcome(frames.VERSION, inflight.store_id, self._dispatch.lease_ms),
+                    frames.Welcome(
+                        frames.VERSION,
+                        inflight.store_id,
+                        self._dispatch.lease_ms,
+                        inflight.policy.max_processing_deadline_ms or 0,
+                    )
                 )
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._assign, wake)
@@ -190,7 +208,12 @@ class Session:
 
     async def _claim(self, credit: frames.Credit) -> list[Lease]:
         limit = min(credit.total - self._sent, self._dispatch.max_assignments_per_frame)
-        if limit <= 0 or not self._may_claim():
+        if limit <= 0 or not self._dispatch.hands_out or self._dispatch.draining.is_set():
+            return []
+        parks = self._dispatch.parks_unknown
+        knows, anyones = (self._knows, self._dispatch.roster.anyone()) if parks else (None, None)
+        hello = self._hello
+        if not self._inflight.claimable(hello.application, hello.namespaces, knows, anyones, hello.pool):
             return []
         return await self._inflight.claim(
             ClaimRequest(
@@ -200,13 +223,11 @@ class Session:
                 application=self._hello.application,
                 namespaces=self._hello.namespaces,
                 at_most_once_limit=max(credit.idle_total - self._sent, 0),
+                pool=self._hello.pool,
+                knows=knows,
+                known_to_any=anyones,
             )
         )
-
-    def _may_claim(self) -> bool:
-        if self._dispatch.draining.is_set() or not self._dispatch.hands_out:
-            return False
-        return self._inflight.claimable(self._hello.application, self._hello.namespaces)
 
     async def _hand_out(self, leases: list[Lease], credit: frames.Credit) -> None:
         sent = False
@@ -226,8 +247,10 @@ class Session:
     async def _announce_stops(self) -> None:
         while True:
             await self._stops.wait()
-            refs, self._to_stop = self._to_stop, []
-            await self._send(frames.Stop(tuple(LeaseRef(ref.id, ref.fence) for ref in refs)))
+            to_stop, self._to_stop = self._to_stop, {}
+            for reason in sorted(set(to_stop.values())):
+                refs = (LeaseRef(ref.id, ref.fence) for ref, why in to_stop.items() if why is reason)
+                await self._send(frames.Stop(tuple(refs), reason))
 
     async def _announce_drain(self) -> None:
         await self._dispatch.draining.wait()
@@ -252,16 +275,31 @@ class Session:
                     nursery.start_soon(self._results, results)
                 case frames.HandBack(leases=leases):
                     await self._inflight.hand_back(_refs(leases))
-                case frames.Heartbeat():
-                    pass
+                case frames.Heartbeat(tasks=tasks):
+                    if tasks:
+                        await self._in_work.acquire()
+                        nursery.start_soon(self._heartbeats, tasks)
                 case frames.Hello():
                     raise Refused("INVALID_ARGUMENT", "a second hello on one stream")
 
     async def _started(self, leases: tuple[LeaseRef, ...]) -> None:
         try:
-            await self._inflight.start(_refs(leases))
+            refs = _refs(leases)
+            await self._end_lost(refs, await self._inflight.start(refs))
         finally:
             self._in_work.release()
+
+    async def _heartbeats(self, tasks: tuple[frames.TaskProgress, ...]) -> None:
+        try:
+            beats = [Heartbeat(Ref(task.id, task.fence), task.permille, task.message) for task in tasks]
+            await self._end_lost([beat.ref for beat in beats], await self._inflight.heartbeat(beats))
+        finally:
+            self._in_work.release()
+
+    async def _end_lost(self, refs: Sequence[Ref], verdicts: Sequence[Verdict]) -> None:
+        """Tell the worker which of these it runs in vain."""
+        if late := [ref for ref, verdict in zip(refs, verdicts, strict=True) if verdict in _TOO_LATE]:
+            self.stop(await self._inflight.lost(late), StopReason.LOST)
 
     async def _results(self, results: tuple[frames.Result, ...]) -> None:
         try:

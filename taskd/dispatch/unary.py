@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import trio
 
+from taskd.dispatch.roster import Roster
 from taskd.errors import Refused, Undecodable
 from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.writer import Inflight
@@ -31,8 +32,11 @@ class UnaryDispatch:
     `hands_out` False: delivery is push; results are taken, and nobody can fetch.
     """
 
-    def __init__(self, inflight: Inflight, draining: trio.Event, *, hands_out: bool = True) -> None:
+    def __init__(
+        self, inflight: Inflight, roster: Roster, draining: trio.Event, *, hands_out: bool = True
+    ) -> None:
         self._inflight = inflight
+        self._roster = roster
         self._draining = draining
         self._hands_out = hands_out
 
@@ -92,6 +96,7 @@ class UnaryDispatch:
         if wanted.namespace is not None and wanted.application is None:
             return None
         namespaces = () if wanted.namespace is None else (wanted.namespace,)
+        self._roster.asked(wanted.application)
         if not self._inflight.claimable(wanted.application, namespaces):
             return None
         request = ClaimRequest(1, LeaseKind.UNARY, application=wanted.application, namespaces=namespaces)

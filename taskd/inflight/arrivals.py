@@ -58,7 +58,7 @@ class Arrivals:
         deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
         if policy.max_processing_deadline_ms is not None:
             deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
-        lane = store.lane_of(arrival.application, arrival.namespace)
+        lane = store.lane_of(arrival.application, arrival.namespace, arrival.taskname)
         gate = store.gate(lane)
         event = Event.ARRIVED
         if arrival.undecodable:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 from taskd.activation.lifecycle import Status
+from taskd.inflight.known import KnownTasks
+from taskd.inflight.limits import LimitRule
 
 __all__ = [
     "MAX_CLAIM_BYTES",
@@ -83,6 +85,7 @@ class Policy:
     grace_ms: int = 3_000
     claim_ms: int = 40_000  # how long a push may take, waiting for its turn included
     strict_order_namespaces: frozenset[str] = frozenset()
+    limits: tuple[LimitRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +132,21 @@ class ClaimRequest:
 
     A claim ends early, with one row at least, once its activations have `max_bytes` together, and at the
     turn of an activation beyond `at_most_once_limit`: the others wait with it, or it might never come.
+
+    `knows`: only what is among these; None: whatever it is. What nobody knows, by `known_to_any`, is
+    parked on the way; None: nothing is.
     """
 
     limit: int
     kind: LeaseKind
     holder: str | None = None
+    pool: str = ""  # of the holder, for the limit of its pool
     application: str | None = None
     namespaces: tuple[str, ...] = ()
     max_bytes: int = MAX_CLAIM_BYTES
     at_most_once_limit: int | None = None  # of `limit`; None: all
+    knows: KnownTasks | None = None
+    known_to_any: KnownTasks | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ the call that brought it has returned, and finished work stays finished.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.clock import Now
 from taskd.inflight.base import Ref, Verdict
 from taskd.inflight.leases import Leased
-from taskd.inflight.sqlite import Lane, SqliteStore
+from taskd.inflight.sqlite import SqliteStore
 
 
 class Claims:
@@ -57,6 +57,7 @@ class Claims:
         leased = self._claimed(ref)
         if isinstance(leased, Leased):
             self._end(leased)
+            self._store.return_token(leased.row, leased.lane)
             return Verdict.APPLIED
         return leased
 
@@ -87,34 +88,3 @@ class Claims:
     def _end(self, leased: Leased) -> None:
         self._store.move(leased.row, leased.lane, Status.CLAIMED, Event.CLAIM_ENDED)
         self._store.run("requeue", 0, leased.row)
-
-    # ---- applications nobody serves
-
-    def park(self, served: Collection[str] | None, limit: int) -> int:
-        """Take out of the round what belongs to no application of `served`, and bring back the rest.
-
-        None: every application is served. Handles at most `limit` rows; returns how many.
-        """
-        handled = 0
-        for lane in list(self._store.lanes.values()):
-            if served is None or lane.application in served:
-                handled += self._unpark(lane, limit - handled)
-            else:
-                handled += self._park(lane, limit - handled)
-        return handled
-
-    def _park(self, lane: Lane, limit: int) -> int:
-        if limit <= 0 or not lane.counts[Status.PENDING]:
-            return 0
-        rows = self._store.run("park", lane.number, limit).fetchall()
-        for (row,) in rows:
-            self._store.move(row, lane.number, Status.PENDING, Event.PARKED)
-        return len(rows)
-
-    def _unpark(self, lane: Lane, limit: int) -> int:
-        if limit <= 0 or not lane.counts[Status.PARKED]:
-            return 0
-        rows = self._store.run("unpark", lane.number, limit).fetchall()
-        for (row,) in rows:
-            self._store.move(row, lane.number, Status.PARKED, Event.UNPARKED)
-        return len(rows)

@@ -6,9 +6,10 @@ the row's newest is superseded: somebody else has, or had, the row since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from taskd.activation.lifecycle import HELD, Event, Status
 from taskd.clock import Now
@@ -22,8 +23,10 @@ from taskd.inflight.base import (
     Verdict,
 )
 from taskd.inflight.departures import Departures
+from taskd.inflight.limiting import Limiting
+from taskd.inflight.limits import LimitState
 from taskd.inflight.sqlite import Lane, SqliteStore
-from taskd.inflight.switches import GatedLanes
+from taskd.inflight.gated import Claimable, GatedLanes
 from taskd.wire.envelope import scan
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
@@ -44,6 +47,63 @@ class Waiting(NamedTuple):
     at_most_once: int
     dead_letter: int
     received_at_ms: int
+    taskname: str
+
+
+@dataclass(slots=True)
+class Claim:
+    """One claim on its way over the lanes. `is_over`: what it has is all it gets."""
+
+    request: ClaimRequest
+    now: Now
+    left_bytes: int
+    left_at_most_once: int | None
+    leases: list[Lease] = field(default_factory=list)
+    expired: int = 0
+    is_over: bool = False
+
+    @property
+    def left(self) -> int:
+        return self.request.limit - len(self.leases)
+
+    @property
+    def cut_short(self) -> bool:
+        """So much was expired that the rest is left for another transaction."""
+        return self.expired >= MAX_EXPIRED_PER_CLAIM
+
+    def add(self, lease: Lease | None) -> None:
+        """What became of one row; None: it expired instead."""
+        if lease is None:
+            self.expired += 1
+            self.is_over |= self.cut_short
+        else:
+            self.leases.append(lease)
+            self.left_bytes -= len(lease.activation)
+
+    def fitting(self, rows: Iterable[Waiting]) -> list[Waiting]:
+        """Those at the head that fit in what is left of bytes and of what may be at most once."""
+        fits: list[Waiting] = []
+        left_bytes, left_once = self.left_bytes, self.left_at_most_once
+        for row in rows:
+            left_bytes -= len(row.activation)
+            if left_bytes < 0 and (fits or self.leases):
+                break
+            if row.at_most_once and left_once is not None:
+                if not left_once:
+                    self.is_over = True
+                    break
+                left_once -= 1
+            fits.append(row)
+        self.left_at_most_once = left_once
+        return fits
+
+    def claimable_in(self, lane: Lane, in_order: bool) -> Claimable:
+        knows, anyones = self.request.knows, self.request.known_to_any
+        return Claimable(
+            None if knows is None else knows.in_lane(lane.application, lane.namespace),
+            None if anyones is None else anyones.in_lane(lane.application, lane.namespace),
+            in_order,
+        )
 
 
 @dataclass(slots=True)
@@ -68,11 +128,24 @@ class Leased:
         self.dead_letter = bool(self.dead_letter)
 
 
+class _PassesOver(Exception):  # noqa: N818 - no error, only the way out
+    """Among the rows is one that the claimant does not know."""
+
+
+def _none_unknown(cursor: Iterable[Sequence[Any]], claimable: Claimable) -> Iterator[Waiting]:
+    for values in cursor:
+        row = Waiting(*values)
+        if claimable.is_unknown(row.taskname):
+            raise _PassesOver
+        yield row
+
+
 class Leases:
     def __init__(self, store: SqliteStore, departures: Departures) -> None:
         self._store = store
         self._departures = departures
         self._gated = GatedLanes(store, departures)
+        self._limiting = Limiting(store)
         self._round: dict[int, None] = {}  # lanes in the order of their next turn
         self._round_version = -1
         self.cut_short = False  # the last claim met so many expired or paused rows that it left the rest
@@ -81,36 +154,38 @@ class Leases:
 
     def claim(self, request: ClaimRequest, now: Now) -> list[Lease]:
         """Lease up to `request.limit` waiting rows, in turns over the lanes that have any."""
-        leases: list[Lease] = []
-        expired = 0
-        self.cut_short = self._gated.cut_short = False
-        left_bytes = request.max_bytes
-        lanes = self._ready_lanes(request)
-        while lanes and len(leases) < request.limit:
-            share = max((request.limit - len(leases)) // len(lanes), 1)
-            still_ready = []
-            for lane in lanes:
-                wanted = min(share, request.limit - len(leases))
-                self.cut_short = expired >= MAX_EXPIRED_PER_CLAIM
-                if not wanted or self.cut_short:
-                    break
-                rows = self._waiting(lane, wanted, left_bytes, now, is_first=not leases)
-                if not rows:
-                    continue  # too large for what is left: this lane keeps its turn
-                taken = [lease for row in rows if (lease := self._hand_out(lane, row, request, now))]
-                leases += taken
-                expired += len(rows) - len(taken)
-                left_bytes -= sum(len(lease.activation) for lease in taken)
-                self._turn_over(lane)
-                looked = bool(taken) and self._store.gate(lane).by_task  # one look in a claim: it may be long
-                if lane.counts[Status.PENDING] > 0 and not looked and not self._busy_in_order(lane):
-                    still_ready.append(lane)
-            lanes = [] if self.cut_short else still_ready
-        self.cut_short |= self._gated.cut_short
-        return leases
+        request = self._limiting.within_pool(request)
+        claim = Claim(request, now, request.max_bytes, request.at_most_once_limit)
+        self._gated.cut_short = False
+        lanes = self._ready_lanes(request, now)
+        while lanes and claim.left and not claim.is_over:
+            share = max(claim.left // len(lanes), 1)
+            lanes = [lane for lane in lanes if self._claim_in_lane(lane, share, claim)]
+        self.cut_short = claim.cut_short or self._gated.cut_short
+        return claim.leases
 
-    def _ready_lanes(self, request: ClaimRequest) -> list[Lane]:
+    def _claim_in_lane(self, lane: Lane, share: int, claim: Claim) -> bool:
+        """Lease up to `share` rows of one lane. Whether it has more for this claim."""
+        if claim.is_over or not claim.left:
+            return False
+        wanted = self._limiting.most(lane, min(share, claim.left), claim.now)
+        if not wanted:
+            return False
+        rows, looked = self._waiting(lane, wanted, claim)
+        if not rows or not self._limiting.may_go(lane, rows[0].taskname, claim.now):
+            return False  # none that may go, or too large for what is left: this lane keeps its turn
+        left = claim.left
+        for row in rows:
+            claim.add(self._hand_out(lane, row, claim.request, claim.now))
+        self._limiting.handed_out(lane, left - claim.left, rows[0].taskname, claim.now)
+        self._turn_over(lane)
+        if looked and claim.left < left:
+            return False  # one look in a claim where rows are passed over: it may be long
+        return lane.counts[Status.PENDING] > 0 and not self._busy_in_order(lane)
+
+    def _ready_lanes(self, request: ClaimRequest, now: Now) -> list[Lane]:
         lanes = self._store.lanes
+        limited = self._store.limits.rules or self._store.unsettled
         if self._round_version != self._store.lanes_version:
             self._round = {n: None for n in self._round if n in lanes} | dict.fromkeys(lanes)
             self._round_version = self._store.lanes_version
@@ -121,9 +196,15 @@ class Leases:
             and lane.counts[Status.PENDING] > 0
             and (request.application is None or lane.application == request.application)
             and (not request.namespaces or lane.namespace in request.namespaces)
+            and (request.knows is None or request.knows.may_serve(*lane.name, request.known_to_any))
             and not self._busy_in_order(lane)
             and not self._store.gate(lane).closed
+            and (not limited or self._limiting.has_room(lane, now))
         ]
+
+    def pool_states(self) -> list[LimitState]:
+        """What limits of pools leave."""
+        return self._limiting.pool_states()
 
     def _in_order(self, lane: Lane) -> bool:
         return lane.namespace in self._store.policy.strict_order_namespaces
@@ -136,25 +217,20 @@ class Leases:
         del self._round[lane.number]
         self._round[lane.number] = None
 
-    def _waiting(
-        self, lane: Lane, wanted: int, left_bytes: int, now: Now, *, is_first: bool
-    ) -> list[Waiting]:
-        """The head of a lane, as far as it fits; the first row of a claim goes whatever its size."""
-        rows: list[Waiting] = []
+    def _waiting(self, lane: Lane, wanted: int, claim: Claim) -> tuple[list[Waiting], bool]:
+        """The head of a lane, as far as it fits, and whether rows were passed over to find it.
+
+        The first row of a claim goes whatever its size.
+        """
         in_order = self._in_order(lane)
         wanted = 1 if in_order else wanted
-        if self._store.gate(lane).by_task:
-            cursor = self._gated.rows(lane, wanted, now, in_order=in_order)
-        else:
+        claimable = claim.claimable_in(lane, in_order)
+        if not self._gated.passes_over(lane, claimable):
             cursor = self._store.run("waiting_in_lane", lane.number, wanted)
-        for values in cursor:
-            row = Waiting(*values)
-            left_bytes -= len(row.activation)
-            if left_bytes < 0 and (rows or not is_first):
-                break
-            rows.append(row)
-        cursor.close()
-        return rows
+            with closing(cursor), suppress(_PassesOver):
+                return claim.fitting(_none_unknown(cursor, claimable)), False
+        rows = self._gated.rows(lane, wanted, claim.now, claimable)
+        return claim.fitting(Waiting(*values) for values in rows), True
 
     def _hand_out(self, lane: Lane, waiting: Waiting, request: ClaimRequest, now: Now) -> Lease | None:
         """The row's new lease; None when it expired instead."""
@@ -278,6 +354,7 @@ class Leases:
             return Verdict.SUPERSEDED
         self._store.move(leased.row, leased.lane, Status.PROCESSING, Event.HANDED_BACK)
         self._store.run("requeue", int(leased.counted), leased.row)
+        self._store.return_token(leased.row, leased.lane)
         return Verdict.APPLIED
 
     # ---- what the holder no longer says
@@ -289,6 +366,10 @@ class Leases:
         for id_ in lost:
             self._end_by_id(id_, now, "lost on the way to its worker")
         return len(lost)
+
+    def lost(self, refs: Iterable[Ref]) -> list[Ref]:
+        """Those that are over for good: their row is gone, or was handed out again since."""
+        return [ref for ref in refs if (row := self._find(ref.id)) is None or row.fence != ref.fence]
 
     def held_ids(self, limit: int) -> list[str]:
         """Some of the activations that are with workers now."""

@@ -9,10 +9,10 @@ SELECT value FROM meta WHERE name = ?
 INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value
 
 -- name: lanes
-SELECT lane, application, namespace FROM lane
+SELECT lane, application, namespace, taskname FROM lane
 
 -- name: add_lane
-INSERT INTO lane (lane, application, namespace) VALUES (?, ?, ?)
+INSERT INTO lane (lane, application, namespace, taskname) VALUES (?, ?, ?, ?)
 
 -- name: drop_lane
 DELETE FROM lane WHERE lane = ?
@@ -22,6 +22,21 @@ DELETE FROM depth WHERE lane = ?
 
 -- name: depths
 SELECT lane, status, count FROM depth
+
+-- name: relane
+UPDATE inflight SET lane = ? WHERE row = ?
+
+-- name: pools
+SELECT holder, pool FROM worker
+
+-- name: note_pool
+INSERT INTO worker (holder, pool) VALUES (?, ?) ON CONFLICT (holder) DO UPDATE SET pool = excluded.pool
+
+-- name: forget_pool
+DELETE FROM worker WHERE holder = ?
+
+-- name: count_held_by
+SELECT count(*) FROM inflight WHERE status = 5 AND holder = ?
 
 -- name: write_depth
 INSERT INTO depth (lane, status, count) VALUES (?, ?, ?)
@@ -38,14 +53,14 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO NOTHING
 
 -- name: waiting_in_lane
-SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms
+SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms, taskname
 FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?
 
 -- name: tasks_in_lane
 SELECT row, seq, taskname FROM inflight WHERE status = 1 AND lane = ? AND seq > ? ORDER BY seq LIMIT ?
 
 -- name: waiting_row
-SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms
+SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms, taskname
 FROM inflight WHERE row = ?
 
 -- name: activation
@@ -91,8 +106,16 @@ UPDATE inflight SET lease_end_mono_ms = ? WHERE status = 4
 UPDATE inflight SET status = 3
 WHERE row IN (SELECT row FROM inflight WHERE status = 1 AND lane = ? ORDER BY seq LIMIT ?) RETURNING row
 
+-- name: park_row
+UPDATE inflight SET status = 3, reason = 'unknown_task' WHERE row = ?
+
+-- name: unpark_tasks
+UPDATE inflight SET status = 1, reason = NULL
+WHERE row IN (SELECT row FROM inflight WHERE status = 3 AND lane = ?
+  AND taskname IN (SELECT value FROM json_each(?)) ORDER BY seq LIMIT ?) RETURNING row
+
 -- name: unpark
-UPDATE inflight SET status = 1
+UPDATE inflight SET status = 1, reason = NULL
 WHERE row IN (SELECT row FROM inflight WHERE status = 3 AND lane = ? ORDER BY seq LIMIT ?) RETURNING row
 
 -- name: leased
@@ -206,6 +229,9 @@ SELECT topic, partition, status, count(*) FROM (
   UNION ALL SELECT topic, partition, status FROM inflight WHERE status = 5
   UNION ALL SELECT topic, partition, status FROM inflight WHERE status BETWEEN 7 AND 11 AND stuck IS NULL
 ) GROUP BY topic, partition, status
+
+-- name: taskname
+SELECT taskname FROM inflight WHERE row = ?
 
 -- name: id_of
 SELECT id FROM inflight WHERE row = ?

@@ -18,6 +18,7 @@ import apsw
 from taskd.activation.lifecycle import Status
 from taskd.clock import Now
 from taskd.errors import Undecodable
+from taskd.inflight.relaning import read_laned, write_laned
 from taskd.inflight.sqlite import SqliteStore
 from taskd.wire.envelope import scan
 
@@ -150,6 +151,8 @@ def salvage(damaged: Path, store: SqliteStore, now: Now) -> Salvaged:
     finally:
         db.close()
     store.remember_finished_until(now.wall_ms + REMEMBER_MS)
+    if laned := read_laned(store)[0] | store.limits.laned:
+        write_laned(store, laned, settled=False)  # the broker may start under other limits than these
     return found
 
 
@@ -180,7 +183,7 @@ def _take_one(row: Row, file: DamagedFile, store: SqliteStore, now: Now, found: 
     _pass_numbers(row, store)
     try:
         status = _checked(row)
-        lane = store.lane_of(*file.lane_of(row))
+        lane = store.lane_of(*file.lane_of(row), str(row.get("taskname")))
         if status is Status.GONE:
             row = row | {"finished_at_ms": now.wall_ms}  # remembered anew from here
         added = store.adopt(lane, status, {k: v for k, v in row.items() if k not in _NOT_TAKEN})

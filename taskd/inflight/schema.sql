@@ -9,13 +9,21 @@ CREATE TABLE meta (
   value TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- A lane is one namespace of one application; rows wait in lanes so that none blocks another.
+-- A lane is one namespace of one application, or a limited task in it; rows wait in lanes so that none blocks
+-- another.
 CREATE TABLE lane (
   lane        INTEGER PRIMARY KEY,
   application TEXT NOT NULL,
   namespace   TEXT NOT NULL,
-  UNIQUE (application, namespace)
+  taskname    TEXT NOT NULL DEFAULT '', -- of a limited task; '': the namespace's lane
+  UNIQUE (application, namespace, taskname)
 ) STRICT;
+
+-- Pools of the workers that hold rows: what a limit of a pool counts, also after a restart.
+CREATE TABLE worker (
+  holder TEXT PRIMARY KEY,
+  pool   TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 
 -- How many rows of a lane are in a status; kept with the rows, so nobody ever counts them.
 CREATE TABLE depth (

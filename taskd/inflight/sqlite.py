@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -33,6 +33,7 @@ from taskd.database import (
 from taskd.errors import StartupError, StoreError
 from taskd.groupcommit import Write
 from taskd.inflight.base import Depth, Policy
+from taskd.inflight.limits import Limit, Limits
 from taskd.inflight.schema import prepare_schema
 
 PROBE_BYTES = 256 * 1024
@@ -44,10 +45,26 @@ _KEEPS_SEQ = HELD | {Status.PARKED}  # from there a row comes back to its old pl
 
 @dataclass(slots=True)
 class Lane:
+    """Where rows wait for each other: those of a namespace, but for its limited tasks, which have their own.
+
+    `limits` are those that hold for every row of it.
+    """
+
     number: int
     application: str
     namespace: str
+    taskname: str = ""  # of a limited task; empty: the namespace's lane
     counts: Counter[Status] = field(default_factory=Counter)
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def held(self) -> int:
+        """Live leases."""
+        return self.counts[Status.PROCESSING] + self.counts[Status.CLAIMED]
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.application, self.namespace
 
 
 class Transition(NamedTuple):
@@ -69,7 +86,9 @@ class Changes:
     dropped_lanes: list[Lane] = field(default_factory=list)
     board_before: Board | None = None  # the switches changed; these held before
     wakes_claims: bool = False  # rows may have become claimable without having moved
+    undo: list[Callable[[], object]] = field(default_factory=list)  # what else is to be taken back
     discarded: Counter[str] = field(default_factory=Counter)  # ended without a dead letter, by reason
+    unknown: set[tuple[str, str, str]] = field(default_factory=set)  # (application, namespace, task): parked
     durations_ms: list[tuple[str, int]] = field(default_factory=list)  # (metric, value)
     moves: list[tuple[int, Status | None, Event, Status]] = field(default_factory=list)  # (row, …), if traced
     transitions: list[Transition] = field(default_factory=list)  # the same by id, once committed
@@ -81,7 +100,9 @@ class Changes:
         self.dropped_lanes.extend(other.dropped_lanes)
         self.board_before = self.board_before or other.board_before
         self.wakes_claims |= other.wakes_claims
+        self.undo.extend(other.undo)
         self.discarded.update(other.discarded)
+        self.unknown.update(other.unknown)
         self.durations_ms.extend(other.durations_ms)
         self.moves.extend(other.moves)
 
@@ -102,13 +123,17 @@ class SqliteStore:
         self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
         self.lanes_version = 0  # rises with each lane that comes or goes
-        self._by_name: dict[tuple[str, str], Lane] = {}
+        self._by_name: dict[tuple[str, str, str], Lane] = {}
+        self.limits = Limits(policy.limits, policy.strict_order_namespaces, now.mono_ms)
+        self.unsettled: frozenset[str] = frozenset()  # namespaces whose rows are on their way to other lanes
+        self.full_pools: set[str] = set()  # found full, and no lease ended since
         self.trouble = ""  # why the disk takes no rows, until a probe succeeds
         self._columns: set[str] | None = None  # of the table of rows, once asked for
         self._cut_wal = False  # after the next commit
         self._last_lane = 0  # numbers are never used again while the file is open
         self.board = Board()  # see taskd.inflight.switches
-        self.passed: dict[int, int] = {}  # by lane: all that waits up to this seq is paused
+        # By lane, and by the names that the claimant knows: up to this seq, nothing that waits may go.
+        self.passed: dict[int, dict[frozenset[str] | None, int]] = {}
         self._write = Changes()
         self._batch = Changes()
         self.db = open_database(path)
@@ -203,6 +228,9 @@ class SqliteStore:
                 self._keep_lane(lane)
         if changes.board_before is not None:
             self.board = changes.board_before
+        for undo in reversed(changes.undo):
+            undo()
+        self.full_pools.clear()
         self.passed.clear()
         self.on_undo()
 
@@ -239,6 +267,8 @@ class SqliteStore:
         self._write.events[event, status] += 1
         if self.passed and status is Status.PENDING and before in _KEEPS_SEQ:
             self.passed.pop(lane, None)
+        if self.limits.rules and before in HELD and status not in HELD:
+            self._make_room(lane)
         self._count(lane, before, -1)
         self._count(lane, status, +1)
         return status
@@ -279,6 +309,10 @@ class SqliteStore:
         """An activation ends for this reason, and nothing of it is kept but its id."""
         self._write.discarded[reason] += 1
 
+    def note_unknown(self, lane: Lane, taskname: str) -> None:
+        """Nobody who is connected knows this task: it was parked."""
+        self._write.unknown.add((lane.application, lane.namespace, taskname))
+
     def measure(self, metric: str, value_ms: int) -> None:
         """Note a duration; it is observed once the transaction is committed."""
         self._write.durations_ms.append((metric, max(value_ms, 0)))
@@ -290,12 +324,14 @@ class SqliteStore:
 
     # ---- lanes
 
-    def lane_of(self, application: str, namespace: str) -> Lane:
-        lane = self._by_name.get((application, namespace))
+    def lane_of(self, application: str, namespace: str, taskname: str = "") -> Lane:
+        """Where rows of this task wait; a lane that is not there is made."""
+        taskname = self.limits.lane_task(application, namespace, taskname) if self.limits.rules else ""
+        lane = self._by_name.get((application, namespace, taskname))
         if lane is None:
             self._last_lane += 1
-            lane = Lane(self._last_lane, application, namespace)
-            self.run("add_lane", lane.number, application, namespace)
+            lane = Lane(self._last_lane, application, namespace, taskname)
+            self.run("add_lane", lane.number, application, namespace, taskname)
             self._keep_lane(lane)
             self._write.lanes.append(lane)
         return lane
@@ -310,13 +346,60 @@ class SqliteStore:
             self._write.dropped_lanes.append(lane)
 
     def _keep_lane(self, lane: Lane) -> None:
-        self.lanes[lane.number] = self._by_name[lane.application, lane.namespace] = lane
+        self.lanes[lane.number] = self._by_name[lane.application, lane.namespace, lane.taskname] = lane
         self.lanes_version += 1
+        self.limits.attach(lane)
 
     def _lose_lane(self, lane: Lane) -> None:
         del self.lanes[lane.number]
-        self._by_name.pop((lane.application, lane.namespace), None)
+        self._by_name.pop((lane.application, lane.namespace, lane.taskname), None)
         self.lanes_version += 1
+        self.limits.detach(lane)
+
+    # ---- limits
+
+    def set_limits(self, limits: Limits) -> None:
+        """These hold from here on; rows that wait in other lanes than they say are `relane`d."""
+        self.limits = limits
+        for lane in self.lanes.values():
+            limits.attach(lane)
+        self.full_pools.clear()
+
+    def relane(self, row: int, status: Status, before: Lane, after: Lane) -> None:
+        """Move a row to another lane; it keeps its number in the order."""
+        self.run("relane", after.number, row)
+        self._count(before.number, status, -1)
+        self._count(after.number, status, +1)
+        self.passed.pop(after.number, None)
+        self.drop_lane_if_empty(before.number)
+
+    def take_tokens(self, limits: Iterable[Limit], count: int, now: Now) -> None:
+        """So much was handed out under these limits."""
+        for limit in limits:
+            if limit.bucket is not None:
+                limit.bucket.take(count, now.mono_ms)
+                self.when_undone(partial(limit.bucket.put_back, count))
+
+    def return_token(self, row: int, lane: int) -> None:
+        """A row that was handed out surely was not started."""
+        if not self.limits.rated:
+            return
+        its = self.lanes[lane]
+        in_order = self.limits.in_order(its, self.one("taskname", row)[0])
+        for limit in (*its.limits, *in_order):
+            if limit.bucket is not None:
+                limit.bucket.put_back(1)
+                self.when_undone(partial(limit.bucket.put_back, -1))
+
+    def when_undone(self, undo: Callable[[], object]) -> None:
+        """If this write does not come to be, call `undo`."""
+        self._write.undo.append(undo)
+
+    def _make_room(self, lane: int) -> None:
+        """A lease ended: somebody else may have the room it leaves."""
+        if self.limits.pools or self.lanes[lane].limits:
+            self.full_pools.clear()
+            self.wake_claims()
 
     # ---- switches
 
@@ -360,13 +443,13 @@ class SqliteStore:
         self.run("write_meta", "probe", "")
 
     def depths(self) -> list[Depth]:
-        """Rows by lane and status; what is empty is left out."""
-        return [
-            Depth(lane.application, lane.namespace, status, count)
+        """Rows by application, namespace and status; what is empty is left out."""
+        return _by_namespace(
+            (lane, status, count)
             for lane in list(self.lanes.values())
             for status, count in list(lane.counts.items())
             if count
-        ]
+        )
 
     def depths_by_partition(self) -> dict[tuple[str, int, Status], int]:
         """Rows that are not finished by where they came from, read beside the writer: any thread may ask.
@@ -379,10 +462,9 @@ class SqliteStore:
 
     def recount(self) -> list[Depth]:
         """The same, counted from the rows: slow, for checks only."""
-        return [
-            Depth(self.lanes[lane].application, self.lanes[lane].namespace, Status(status), count)
-            for lane, status, count in self.run("recount")
-        ]
+        return _by_namespace(
+            (self.lanes[lane], Status(status), count) for lane, status, count in self.run("recount")
+        )
 
     def next_seq(self) -> int:
         self.last_seq += 1
@@ -408,13 +490,21 @@ class SqliteStore:
         return store_id
 
     def _load_lanes(self) -> None:
-        for number, application, namespace in self.run("lanes"):
-            self._keep_lane(Lane(number, application, namespace))
+        for number, application, namespace, taskname in self.run("lanes"):
+            self._keep_lane(Lane(number, application, namespace, taskname))
         for number, status, count in self.run("depths"):
             self.lanes[number].counts[Status(status)] = count
         self._last_lane = max(self.lanes, default=0)
         for number in list(self.lanes):
             self.drop_lane_if_empty(number)
+
+
+def _by_namespace(counts: Iterable[tuple[Lane, Status, int]]) -> list[Depth]:
+    total: dict[tuple[str, str, Status], int] = {}
+    for lane, status, count in counts:
+        key = lane.application, lane.namespace, status
+        total[key] = total.get(key, 0) + count
+    return [Depth(*key, count) for key, count in total.items()]
 
 
 def _unusable(path: Path, error: apsw.Error) -> StartupError:

@@ -8,9 +8,9 @@ transaction meets one and the same board, and nothing slips between a switch and
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from taskd.activation.lifecycle import WAITING, Status
 from taskd.activation.switches import (
@@ -27,14 +27,12 @@ from taskd.clock import Now
 from taskd.errors import Undecodable
 from taskd.inflight.base import Ref
 from taskd.inflight.departures import Departures
-from taskd.inflight.sqlite import Lane, SqliteStore
+from taskd.inflight.sqlite import SqliteStore
 from taskd.wire import parameters
 from taskd.wire.envelope import scan_call
 
 KILLED = "killswitch"  # the reason stored with what a killswitch dropped
 DEMOTED = "demoted"  # ... and with what was forwarded because its namespace is demoted
-SCAN_CHUNK = 64
-SCAN_ROWS = 1_024  # of paused rows passed over in one claim; the next goes on behind them
 READ_BYTES = 16 * 1024 * 1024  # of activations that one round decodes for their arguments
 
 
@@ -131,6 +129,7 @@ class Switches:
         if demoted_to is not None and demoted_to != self.demoted_to:
             where = json.dumps([demoted_to.topic, demoted_to.cluster])
             self._store.run("write_meta", "demoted_to", where)
+            self._store.when_undone(partial(setattr, self, "demoted_to", self.demoted_to))
             self.demoted_to = demoted_to
         old = {(s.kind, s.subject): s for s in self._store.board.switches if s.source is source}
         new = {(switch.kind, switch.subject): switch for switch in switches}
@@ -211,66 +210,6 @@ class Switches:
                 break
         is_end = looked == len(rows) < limit
         return Looked(None if is_end else last_row, looked, dropped, forwarded, tuple(stopped))
-
-
-class GatedLanes:
-    """Claims in lanes where it depends on the task whether a row may be handed out.
-
-    Paused rows are passed over, each once as long as the switches stay the same: `SqliteStore.passed`
-    remembers up to which `seq` a lane has nothing but paused rows.
-    """
-
-    def __init__(self, store: SqliteStore, departures: Departures) -> None:
-        self._store = store
-        self._departures = departures
-        self.cut_short = False  # there were more paused rows than one claim passes over
-
-    def rows(self, lane: Lane, wanted: int, now: Now, *, in_order: bool) -> Generator[Any, None, None]:
-        """Rows that may be handed out, as `waiting_in_lane` has them; what is killed is dropped on the way.
-
-        `in_order`: nothing may overtake, so a paused row holds up what is behind it.
-        """
-        gate = self._store.gate(lane)
-        for row, _ in self._claimable(lane, gate, wanted, now, in_order):
-            yield self._store.one("waiting_row", row)
-
-    def _claimable(
-        self, lane: Lane, gate: Gate, wanted: int, now: Now, in_order: bool
-    ) -> list[tuple[int, int]]:
-        store = self._store
-        found: list[tuple[int, int]] = []
-        seq = passed = store.passed.get(lane.number, 0)
-        scanned, chunk = 0, max(SCAN_CHUNK, wanted)
-        while len(found) < wanted:
-            rows = store.run("tasks_in_lane", lane.number, seq, chunk).fetchall()
-            for row, seq, taskname in rows:
-                if taskname in gate.paused_tasks:
-                    if in_order:
-                        return found
-                elif self._drop_killed(lane, gate, row, taskname, now):
-                    pass
-                else:
-                    found.append((row, seq))
-                    if len(found) == wanted:
-                        break
-                if not found:
-                    passed = seq
-            scanned += len(rows)
-            if len(rows) < chunk:
-                break
-            if scanned >= SCAN_ROWS:
-                self.cut_short = True
-                break
-        store.passed[lane.number] = passed
-        return found
-
-    def _drop_killed(self, lane: Lane, gate: Gate, row: int, taskname: str, now: Now) -> bool:
-        if taskname not in gate.kills:
-            return False
-        if killed_by(gate, taskname, self._store.one("activation", row)[0]) is None:
-            return False
-        self._departures.drop(row, lane.number, Status.PENDING, now, KILLED)
-        return True
 
 
 def _same_order(one: Switch, other: Switch) -> bool:

@@ -37,13 +37,19 @@ from taskd.inflight.cancelling import Cancelled, Cancelling
 from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
 from taskd.inflight.heartbeats import Extending, Heartbeat, ProgressNotes
+from taskd.inflight.known import KnownTasks
 from taskd.inflight.leases import Leases
+from taskd.inflight.limits import LimitState, room
+from taskd.inflight.parked import Parked
+from taskd.inflight.relaning import Relaning
 from taskd.inflight.sqlite import Changes, SqliteStore
 from taskd.inflight.switches import DemotedTo, Looked, Replaced, Switches
 
 T = TypeVar("T")
 
 RESUME_BYTES = 8 * 1024 * 1024  # as much room as that ends the trouble of a full disk
+TOKENS_AT_LEAST_MS = 10  # between two wake-ups by tokens: those of a fast rate come several at a time
+TOKENS_AT_MOST_S = 20.0
 
 log = structlog.get_logger("taskd.inflight")
 
@@ -81,6 +87,7 @@ class Inflight:
         self._extending = Extending(store, self._leases)
         self._progress = ProgressNotes()
         self._claims = Claims(store)
+        self._parked = Parked(store)
         self._cancelling = Cancelling(store, departures)
         self._switches = Switches(store, departures)
         self._watchers: list[tuple[frozenset[Status], Wake]] = []
@@ -88,6 +95,10 @@ class Inflight:
         self.observers: list[Callable[[Changes], None]] = []
         self.last_commit_mono_ms = clock.now().mono_ms
         self.notice = ""  # what an operator should know of this file
+        self._relaning = Relaning(store)
+        self.limits_changed = Wake()  # `relane` has something to do
+        self.short_of_tokens = Wake()  # `tokens_in_s` is sooner than it was
+        self._token_due_ms: int | None = None  # somebody waits for it; monotonic
 
     @property
     def store_id(self) -> str:
@@ -138,6 +149,7 @@ class Inflight:
                     raise
             else:
                 if leases or not cut_short:
+                    self._expect_token()
                     return leases
         return []
 
@@ -185,8 +197,14 @@ class Inflight:
     async def end_overdue_claims(self, limit: int) -> int:
         return await self._submit(lambda now: self._claims.end_overdue(limit, now))
 
-    async def park(self, served: Collection[str] | None, limit: int) -> int:
-        return await self._submit(lambda now: self._claims.park(served, limit))
+    async def sort_parked(self, served: Collection[str], limit: int) -> int:
+        return await self._submit(lambda now: self._parked.sort(served, limit))
+
+    async def bring_back(self, known: KnownTasks, limit: int) -> int:
+        return await self._submit(lambda now: self._parked.bring_back(known, limit))
+
+    async def lost(self, refs: Sequence[Ref]) -> list[Ref]:
+        return await self._submit(lambda now: self._leases.lost(refs))
 
     async def end_overdue(self, limit: int) -> int:
         return await self._submit(lambda now: self._leases.end_overdue(limit, now))
@@ -262,20 +280,85 @@ class Inflight:
         self._switch_watchers.append(wake)
         return wake
 
+    # ---- limits
+
+    async def relane(self, limit: int) -> int:
+        """Let the limits of the policy hold, and move rows to the lanes that they make.
+
+        Looks at `limit` rows at most; returns how many. Until all were looked at, nothing is handed out in
+        namespaces whose tasks are limited otherwise than before.
+        """
+        if not self._relaning.is_due:
+            return 0
+        round_ = await self._submit(lambda now: self._relaning.round(limit, now))
+        if self._relaning.done(round_):
+            self._wake_claimers()
+        return round_.looked
+
+    async def limit_states(self) -> list[LimitState]:
+        """What each limit allows, and what it is asked for now."""
+        states = self._store.limits.states(self._clock.now().mono_ms)
+        if self._store.limits.pools:
+            states += await self._submit(lambda now: self._leases.pool_states())
+        return states
+
+    def _expect_token(self) -> None:
+        """Somebody goes away without rows: note when the next token comes that rows wait for."""
+        due_ms = self._store.limits.next_token_ms(self._clock.now().mono_ms)
+        if due_ms is not None and (self._token_due_ms is None or due_ms < self._token_due_ms):
+            self._token_due_ms = due_ms
+            self.short_of_tokens.set()
+
+    def tokens_in_s(self) -> float:
+        """In how many seconds `bring_tokens` should be called."""
+        if self._token_due_ms is None:
+            return TOKENS_AT_MOST_S
+        in_ms = self._token_due_ms - self._clock.now().mono_ms
+        return min(max(in_ms, TOKENS_AT_LEAST_MS) / 1000, TOKENS_AT_MOST_S)
+
+    async def bring_tokens(self) -> int:
+        """A token is there that rows waited for: let those who wait for rows look again."""
+        due_ms = self._token_due_ms
+        if due_ms is not None and due_ms <= self._clock.now().mono_ms:
+            self._token_due_ms = None
+            self._wake_claimers()
+        return 0
+
+    def _wake_claimers(self) -> None:
+        for statuses, wake in self._watchers:
+            if Status.PENDING in statuses:
+                wake.set()
+
     # ---- what a look costs nothing
 
     def depths(self) -> list[Depth]:
         return self._store.depths()
 
-    def claimable(self, application: str | None, namespaces: Collection[str]) -> bool:
-        """Whether a claim with these filters would find a row; costs no transaction."""
-        return not self.trouble and any(
+    def claimable(
+        self,
+        application: str | None,
+        namespaces: Collection[str],
+        knows: KnownTasks | None = None,
+        known_to_any: KnownTasks | None = None,
+        pool: str = "",
+    ) -> bool:
+        """Whether a claim with these filters may find a row; costs no transaction."""
+        if self.trouble or pool in self._store.full_pools:
+            return False
+        now_ms = self._clock.now().mono_ms if self._store.limits.rules else 0
+        found = any(
             lane.counts[Status.PENDING] > 0
             and (application is None or lane.application == application)
             and (not namespaces or lane.namespace in namespaces)
+            and (knows is None or knows.may_serve(*lane.name, known_to_any))
             and not self._store.gate(lane).closed
+            and (not lane.limits or room(lane.limits, now_ms) > 0)
+            and lane.namespace not in self._store.unsettled
             for lane in list(self._store.lanes.values())
         )
+        if not found:
+            self._expect_token()
+        return found
 
     def counts(self) -> Counter[Status]:
         """Rows by status, over all lanes."""
@@ -293,8 +376,12 @@ class Inflight:
         return self._store.policy
 
     def set_policy(self, policy: Policy) -> None:
-        """From the next write on, these limits hold; what was handed out keeps its deadline."""
+        """From the next write on, these limits hold; what was handed out keeps its deadline.
+
+        Limits of what may be handed out hold once `relane` was called, as `limits_changed` says.
+        """
         self._store.policy = policy
+        self.limits_changed.set()
 
     async def depths_by_partition(self) -> dict[tuple[str, int, Status], int]:
         """Rows that are not finished, by topic, partition and status; reads each, in another thread."""

@@ -25,6 +25,7 @@ from taskd.inflight.base import (
     Settlement,
     Verdict,
 )
+from taskd.inflight.known import KnownTasks
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.testing.clock import START_WALL_MS, FixedClock
 
@@ -206,16 +207,16 @@ async def test_parked_rows_are_nobodys_until_they_come_back_in_their_order(
     await put(store, "s1")
     await put(store, "b1", "b2", "b3", application="bank")
     await put(store, "b4", application="bank", expires_s=5)
-    assert await store.park({"shop"}, 3) == 3
-    assert await store.park({"shop"}, 3) == 1
-    assert await store.park({"shop"}, 3) == 0
+    assert await store.sort_parked({"shop"}, 3) == 3
+    assert await store.sort_parked({"shop"}, 3) == 1
+    assert await store.sort_parked({"shop"}, 3) == 0
     assert not store.claimable("bank", ())
     assert [lease.id for lease in await claim(store)] == ["s1"]
     clock.advance(5)
     assert await store.expire(10) == 1
     await put(store, "b5", application="bank")
-    assert await store.park({"shop", "bank"}, 2) == 2
-    assert await store.park(None, 10) == 1
+    assert await store.sort_parked({"shop", "bank"}, 2) == 2
+    assert await store.bring_back(KnownTasks(everything=True), 10) == 1
     assert [lease.id for lease in await claim(store)] == ["b1", "b2", "b3", "b5"]
 
 
@@ -234,7 +235,7 @@ async def test_whatever_happens_nothing_finished_comes_back(
         for id_ in ids:
             await put(store, id_, at_most_once=id_ in ids[::3], dead_letter=rng.random() < 0.5)
         for _ in range(400):
-            await store.park({"shop"} if rng.random() < 0.8 else (), 10)
+            await store.sort_parked({"shop"} if rng.random() < 0.8 else (), 10)
             claimed = await claim(store, rng.randint(1, 4))
             assert not finished & {lease.id for lease in claimed}
             leases += claimed

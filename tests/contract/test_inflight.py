@@ -793,7 +793,7 @@ async def test_lanes_without_rows_are_forgotten(opened: Opener) -> None:
         assert await store.forget(0, 0, 3) == 3
         assert await store.forget(0, 0, 3) == 2
         assert [lane.namespace for lane in core.lanes.values()] == ["kept"]
-        assert core.run("lanes").fetchall() == [(6, "shop", "kept")]
+        assert core.run("lanes").fetchall() == [(6, "shop", "kept", "")]
         await put(store, "again", namespace="made-up-0")
         assert sorted(ids(await stream(store))) == ["again", "kept"]
         check(store)

@@ -14,9 +14,10 @@ import pytest
 from taskd.activation.lifecycle import Status
 from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource
 from taskd.errors import StoreError
+from taskd.inflight import gated
 from taskd.inflight import switches as switches_module
 from taskd.inflight.base import Arrival, ClaimRequest, Inserted, Lease, LeaseKind, Policy, Ref, Settlement
-from taskd.inflight.switches import Replaced
+from taskd.inflight.switches import DemotedTo, Replaced, Switches
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.testing.clock import FixedClock
 from taskd.wire.generated.sentry_protos.taskbroker.v1 import TaskActivation
@@ -155,6 +156,19 @@ async def test_the_board_goes_back_with_a_transaction_that_fails(store: Inflight
     assert await claimed(store) == ["a"]
 
 
+async def test_where_demoted_rows_go_goes_back_with_a_transaction_that_fails(
+    store: Inflight, clock: FixedClock
+) -> None:
+    before, wanted = store.demoted_to, DemotedTo("elsewhere", "host:9092")
+    store._store.db.set_commit_hook(lambda: True)
+    with pytest.raises(StoreError):
+        await store.replace_switches(SwitchSource.FILE, [], wanted)
+    store._store.db.set_commit_hook(None)
+    assert store.demoted_to == before
+    await store.replace_switches(SwitchSource.FILE, [], wanted)  # not taken for what is there already
+    assert Switches(store._store, store._departures).demoted_to == wanted
+
+
 # ---- pause
 
 
@@ -219,8 +233,8 @@ async def test_in_a_strict_order_namespace_nothing_overtakes_a_paused_task(store
 async def test_paused_rows_are_passed_over_once_and_in_bounded_steps(
     store: Inflight, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(switches_module, "SCAN_CHUNK", 10)
-    monkeypatch.setattr(switches_module, "SCAN_ROWS", 100)
+    monkeypatch.setattr(gated, "SCAN_CHUNK", 10)
+    monkeypatch.setattr(gated, "SCAN_ROWS", 100)
     await put(store, *(f"p{number}" for number in range(250)), taskname="paused")
     await put(store, "a", "b")
     await store.put_switch(Switch(PAUSE, taskname="paused"))
@@ -367,8 +381,8 @@ async def test_a_demoted_namespace_is_not_claimed_but_forwarded(store: Inflight)
 async def test_no_walk_hands_out_what_is_switched_off_or_loses_what_is_not(
     store: Inflight, clock: FixedClock, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(switches_module, "SCAN_CHUNK", 2)
-    monkeypatch.setattr(switches_module, "SCAN_ROWS", 5)
+    monkeypatch.setattr(gated, "SCAN_CHUNK", 2)
+    monkeypatch.setattr(gated, "SCAN_ROWS", 5)
     pick = random.Random(seed)
     task_of: dict[str, tuple[str, str]] = {}
     held: dict[str, Lease] = {}

@@ -12,6 +12,8 @@ import pytest
 import trio
 import trio.testing
 
+from taskd.daemon.pushing import parking_duty
+from taskd.dispatch.roster import Roster
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
 from taskd.inflight.base import Policy
@@ -49,6 +51,10 @@ def dead_letter_policy(attempts: int = 0) -> RetryState:
     return RetryState(attempts=attempts, max_attempts=3, on_attempts_exceeded=2)
 
 
+def at_most_once_policy() -> RetryState:
+    return RetryState(attempts=0, max_attempts=1, on_attempts_exceeded=1, at_most_once=True)
+
+
 @dataclass
 class TestBroker:
     """The stations, introduced to each other as the daemon does."""
@@ -67,6 +73,7 @@ class TestBroker:
 
     activation = staticmethod(activation)
     dead_letter_policy = staticmethod(dead_letter_policy)
+    at_most_once_policy = staticmethod(at_most_once_policy)
 
     async def produce(self, *values: bytes, key: bytes | None = None) -> None:
         async with self.log.open_writer() as writer:
@@ -122,6 +129,7 @@ async def open_broker(
     ):
         draining = trio.Event()
         presence = Presence(clock)
+        roster = Roster(clock)
         if outlet is not None:
             outlet.append = writer.append
         publisher = Publisher(inflight, outlet or writer.append, clock, Topics(DLQ), limit=100)
@@ -132,14 +140,16 @@ async def open_broker(
         ingest = Ingest(
             reader, inflight, clock, limits=limits or Limits(), batch_max_records=100, overflow=overflow
         )
+        duties = broker_duties(inflight, publisher, presence, clock, lambda: settings)
+        duties.append(parking_duty(inflight, None, roster, limit=100, every_s=lambda: 1.0))
         broker = TestBroker(
             log=log,
             inflight=inflight,
             ingest=ingest,
-            upkeep=Upkeep(broker_duties(inflight, publisher, presence, clock, lambda: settings), clock),
-            unary=UnaryDispatch(inflight, draining),
+            upkeep=Upkeep(duties, clock),
+            unary=UnaryDispatch(inflight, roster, draining),
             stream=StreamDispatch(
-                inflight, presence, draining, lease_ms=lease_ms, max_assignments_per_frame=16
+                inflight, presence, roster, draining, lease_ms=lease_ms, max_assignments_per_frame=16
             ),
             draining=draining,
             clock=clock,

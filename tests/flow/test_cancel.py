@@ -86,7 +86,7 @@ async def test_what_waits_is_dropped(scene: Scene, autojump_clock: Any) -> None:
         broker.activation("nobody", application="unserved", retry_state=policy),
     )
     await broker.settle()
-    await broker.inflight.park({""}, 10)
+    await broker.inflight.sort_parked({""}, 10)
     assert await scene.cancel("later", "now", "nobody") == [
         ("dropped", "delayed", ""), ("dropped", "pending", ""), ("dropped", "parked", ""),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import trio
 
 from taskd.activation.lifecycle import Status
 from taskd.dispatch.pace import FIRST_PAUSE_S, LONGEST_PAUSE_S, Pace
-from taskd.dispatch.parking import Parking
+from taskd.dispatch.parking import PushParking, UnknownTasks
 from taskd.dispatch.push import PushDispatch, PushSettings
 from taskd.dispatch.unary import UnaryDispatch
 from taskd.errors import PeerTimeout, PeerUnavailable, PeerUnreachable, Refused, StoreError
@@ -96,7 +96,7 @@ async def pushing(
         {"shop": SHOP} if worker_map is None else worker_map,
         PushSettings(30.0, width),
     )
-    parking = Parking(broker.inflight, push.served, limit=100)
+    parking = PushParking(broker.inflight, push.served, limit=100)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(push.run)
         nursery.start_soon(Upkeep([Duty("park", parking.round, 100, lambda: 1.0)], broker.clock).run)
@@ -369,13 +369,14 @@ async def test_an_application_without_a_worker_is_reported_once_parked_and_comes
     assert [line for line in lines if "served again" in line["event"]]
 
 
-async def test_without_push_everything_parked_comes_back(
+async def test_without_push_what_it_parked_comes_back_for_those_who_fetch(
     autojump_clock: Clock, broker: Broker, workers: Workers
 ) -> None:
     await produce(broker, "a", "b")
     await broker.settle()
-    assert await broker.inflight.park((), 10) == 2
-    assert await Parking(broker.inflight, lambda: None, limit=1).round() == 1
+    assert await broker.inflight.sort_parked((), 10) == 2
+    broker.stream.roster.asked(None)
+    assert await UnknownTasks(broker.inflight, broker.stream.roster, limit=1).round() == 1
     assert broker.inflight.counts() == {Status.PARKED: 1, Status.PENDING: 1}
 
 
@@ -459,7 +460,7 @@ async def test_a_store_that_fails_for_a_while_does_not_end_the_sender(
 async def test_nothing_can_be_fetched_while_delivery_is_push(
     autojump_clock: Clock, broker: Broker, workers: Workers
 ) -> None:
-    broker.unary = UnaryDispatch(broker.inflight, broker.draining, hands_out=False)
+    broker.unary = UnaryDispatch(broker.inflight, broker.stream.roster, broker.draining, hands_out=False)
     await produce(broker, "a", "b")
     await broker.settle()
     with pytest.raises(Refused) as refused:

@@ -206,7 +206,7 @@ async def test_a_worker_is_told_to_stop_what_falls_under_a_killswitch(
         await operator.kill(Switch(KILL, taskname="send"), "too many mails", "ann", None)
         await trio.sleep(2)
         (killed,) = [lease for lease in leases if lease.id == "a"]
-        assert worker.heard[-1] == frames.Stop((killed,))
+        assert worker.heard[-1] == frames.Stop((killed,), frames.StopReason.CANCELLED)
         assert await states(broker, "a", "b") == ["dropped", "processing"]
         # A result that crossed the order on the way changes nothing any more.
         await worker.say(frames.Results((frames.Result(*killed, frames.ResultStatus.RETRY),)))

@@ -1,0 +1,52 @@
+"""What limits leave of a claim, and what a claim takes from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from taskd.clock import Now
+from taskd.inflight.base import ClaimRequest
+from taskd.inflight.limits import LimitState, room
+from taskd.inflight.pools import Pools
+from taskd.inflight.sqlite import Lane, SqliteStore
+
+
+class Limiting:
+    """In the transaction of a claim: rows that it hands out count for the next lane at once."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+        self._pools = Pools(store)
+
+    def within_pool(self, request: ClaimRequest) -> ClaimRequest:
+        """The claim, for no more than its pool may still hold."""
+        if request.holder is None or not request.pool:
+            return request
+        self._pools.note(request.holder, request.pool)
+        left = self._pools.room(request)
+        return request if left >= request.limit else replace(request, limit=left)
+
+    def pool_states(self) -> list[LimitState]:
+        return self._pools.states()
+
+    def has_room(self, lane: Lane, now: Now) -> bool:
+        """Whether something of this lane may be handed out."""
+        if lane.namespace in self._store.unsettled:
+            return False
+        return not lane.limits or room(lane.limits, now.mono_ms) > 0
+
+    def most(self, lane: Lane, wanted: int, now: Now) -> int:
+        """How many of `wanted` may be handed out."""
+        return min(wanted, room(lane.limits, now.mono_ms)) if lane.limits else wanted
+
+    def may_go(self, lane: Lane, taskname: str, now: Now) -> bool:
+        """Whether the head of a strict-order lane may go, as far as the rate of its task is concerned."""
+        if not self._store.limits.rated:
+            return True
+        return room(self._store.limits.in_order(lane, taskname), now.mono_ms) > 0
+
+    def handed_out(self, lane: Lane, count: int, taskname: str, now: Now) -> None:
+        """So many rows of this lane; of which task counts only where one is handed out at a time."""
+        store = self._store
+        if store.limits.rated and count:
+            store.take_tokens((*lane.limits, *store.limits.in_order(lane, taskname)), count, now)
