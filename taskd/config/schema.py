@@ -347,6 +347,9 @@ class DispatchSection(Section):
     max_assignments_per_frame: PositiveInt = Field(
         default=256, description="activations in one frame to a worker"
     )
+    unknown_tasks: Literal["park", "fail"] = Field(
+        default="park", description="what no connected worker knows; park: waits for one; fail: is handed out"
+    )
     strict_order_namespaces: tuple[str, ...] = Field(
         default=(), description="namespaces that run one activation at a time, in order"
     )
