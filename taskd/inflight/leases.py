@@ -23,10 +23,10 @@ from taskd.inflight.base import (
     Verdict,
 )
 from taskd.inflight.departures import Departures
+from taskd.inflight.gated import Claimable, GatedLanes
 from taskd.inflight.limiting import Limiting
 from taskd.inflight.limits import LimitState
 from taskd.inflight.sqlite import Lane, SqliteStore
-from taskd.inflight.gated import Claimable, GatedLanes
 from taskd.wire.envelope import scan
 
 MAX_ERROR_CHARS = 4_096  # of an error text kept with a row
@@ -128,7 +128,7 @@ class Leased:
         self.dead_letter = bool(self.dead_letter)
 
 
-class _PassesOver(Exception):  # noqa: N818 - no error, only the way out
+class _PassesOver(Exception):
     """Among the rows is one that the claimant does not know."""
 
 
