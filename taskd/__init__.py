@@ -12,6 +12,7 @@ from taskd.activation.retry import (
     ProcessingDeadlineExceeded,
     Retry,
     RetryTaskError,
+    TaskCancelled,
 )
 from taskd.tasks import internal as _internal  # noqa: F401  # registers its tasks
 from taskd.tasks import outbox as _outbox
@@ -27,6 +28,7 @@ __all__ = [
     "Retry",
     "RetryTaskError",
     "Task",
+    "TaskCancelled",
     "TaskNamespace",
     "__version__",
     "configure",

@@ -53,6 +53,14 @@ class ProcessingDeadlineExceeded(BaseException):
     """
 
 
+class TaskCancelled(BaseException):
+    """The run is to end: an operator cancelled it, or somebody else has its activation now.
+
+    Not an Exception, for the same reason. Clean up and let it pass: whatever the task does then, no
+    outcome of this run counts any more.
+    """
+
+
 class LastAction(enum.Enum):
     """What becomes of the activation when its last run failed."""
 

@@ -482,6 +482,14 @@ class PoolSection(Section):
         default=None,
         description="how long running tasks may finish when stopping; default: their longest deadline",
     )
+    exception_grace_s: GraceSeconds = Field(
+        default=1.0,
+        description="for a task at its deadline, or cancelled, to end by the exception raised in it; then "
+        "its processes get SIGTERM. With terminate_grace_s less than the brokers' processing_deadline_grace_s",
+    )
+    terminate_grace_s: GraceSeconds = Field(
+        default=1.0, description="for its processes to end by SIGTERM; then they get SIGKILL"
+    )
 
 
 class WorkerConfig(Section):

@@ -13,11 +13,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
 from taskd.errors import StartupError, TaskdError
+from taskd.worker import descendants
 from taskd.worker import entry_pipe as pipe
 
 READ_BYTES = 65_536
@@ -28,14 +29,24 @@ class ChildGone(TaskdError):
     """The child process ended."""
 
 
+class Piece(NamedTuple):
+    """A piece of work. `start_within_s`: from now, or not at all. The rest as in `entry_pipe.Work`."""
+
+    activation: bytes
+    start_within_s: float | None = None
+    fence: int = 0
+    deadline_s: float = 10.0
+    max_deadline_s: float | None = None
+
+
 class Child(Protocol):
     """One child that said it is ready. Use it from one Trio run; `send` and `receive` from two tasks."""
 
     pid: int
     ready: pipe.Ready
 
-    async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
-        """Write pieces of work: activation, and seconds within which it must start or not at all.
+    async def send(self, work: Sequence[Piece]) -> None:
+        """Write pieces of work.
 
         They are numbered from 1 in the order sent. A child that ended takes them silently: `receive`
         is who tells. A cancelled send leaves the child unusable.
@@ -58,6 +69,21 @@ class Child(Protocol):
         """No more work will come: the child exits when it has done what it has."""
         ...
 
+    def has_started(self) -> bool:
+        """Whether processes live that the child started."""
+        ...
+
+    def order(self, kind: pipe.OrderKind, number: int) -> None:
+        """Have the child see to the task with this number; without effect when it is at another one."""
+        ...
+
+    def terminate(self, number: int) -> None:
+        """Have the child leave if it is at this task, and whatever it started end as by SIGTERM.
+
+        For a child that has nothing else to begin: those processes get the signal in any case.
+        """
+        ...
+
     def kill(self) -> None:
         """End the child and everything it started in its process group, at once."""
         ...
@@ -73,7 +99,7 @@ class Spawner(Protocol):
 
 
 class ProcessSpawner:
-    """Starts `python -m taskd.worker.entry`.
+    """Starts `python -m PROGRAM`, which is entry.py or does as it does.
 
     `modules`: imported in the child besides the installed plugins, for tasks that are not packaged.
     `environment`: replaces the worker's own.
@@ -85,7 +111,9 @@ class ProcessSpawner:
         modules: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         ready_within_s: float = 60.0,
+        program: str = "taskd.worker.entry",
     ) -> None:
+        self._program = program
         self._modules = tuple(modules)
         self._environment = environment
         self._ready_within_s = ready_within_s
@@ -122,11 +150,13 @@ class ProcessSpawner:
     def _start(self) -> ProcessChild:
         fds: list[int] = []
         try:
-            for _ in range(3):
+            for _ in range(4):
                 fds += os.pipe()
-            work_read, work_write, token_read, token_write, report_read, report_write = fds
-            command = [sys.executable, "-P", "-m", "taskd.worker.entry"]
-            command += [str(fd) for fd in (work_read, token_read, report_write, os.getpid())]
+            work_read, work_write, token_read, token_write, report_read, report_write = fds[:6]
+            order_read, order_write = fds[6:]
+            theirs = (work_read, token_read, report_write, order_read)
+            command = [sys.executable, "-P", "-m", self._program]
+            command += [str(number) for number in (*theirs, os.getpid())]
             for module in self._modules:
                 command += ["--tasks", module]
             # Not trio.lowlevel.open_process: it starts processes from a thread that ends when idle, and
@@ -135,7 +165,7 @@ class ProcessSpawner:
                 command,
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
-                pass_fds=(work_read, token_read, report_write),
+                pass_fds=theirs,
                 start_new_session=True,  # a process group of its own, out of reach of the terminal's signals
             )
             pidfd = _pidfd(process)
@@ -143,9 +173,9 @@ class ProcessSpawner:
             for fd in fds:
                 os.close(fd)
             raise StartupError(f"cannot start a child process: {error}") from None
-        os.close(work_read)
-        os.close(report_write)
-        return ProcessChild(process, pidfd, work_write, token_read, token_write, report_read)
+        for fd in (work_read, report_write, order_read):
+            os.close(fd)
+        return ProcessChild(process, pidfd, work_write, token_read, token_write, report_read, order_write)
 
 
 class ProcessChild:
@@ -161,6 +191,7 @@ class ProcessChild:
         token_read: int,
         token_write: int,
         reports: int,
+        orders: int,
     ) -> None:
         self.pid = process.pid
         self._process = process
@@ -169,7 +200,8 @@ class ProcessChild:
         self._token_write = token_write
         self._dismissed = False
         self._reports = reports
-        for fd in (token_read, token_write, reports):
+        self._orders = orders
+        for fd in (token_read, token_write, reports, orders):
             os.set_blocking(fd, False)
         self._splitter = pipe.Splitter(pipe.MAX_REPORT_BYTES)
         self._pidfd = pidfd
@@ -180,11 +212,8 @@ class ProcessChild:
         self._either.register(self._pidfd, select.EPOLLIN)
         self._ended = False
 
-    async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
-        frames = b"".join(
-            pipe.encode_work(pipe.Work(activation, pipe.start_by_ns(start_within_s)))
-            for activation, start_within_s in work
-        )
+    async def send(self, work: Sequence[Piece]) -> None:
+        frames = b"".join(map(_frame, work))
         # Tokens first: a child that waits for a token would never read a frame that fills the pipe.
         os.write(self._token_write, pipe.TOKEN_RUN * len(work))
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -221,6 +250,24 @@ class ProcessChild:
             self._dismissed = True
             os.close(self._token_write)
 
+    def has_started(self) -> bool:
+        return bool(descendants.of(self.pid))
+
+    def order(self, kind: pipe.OrderKind, number: int) -> None:
+        self._write_order(kind, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def terminate(self, number: int) -> None:
+        self._write_order(pipe.OrderKind.END, number)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGTERM)
+
+    def _write_order(self, kind: pipe.OrderKind, number: int) -> None:
+        # Full: it has read none of some thousands, and will not miss this one. Broken: it closed its end.
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._orders, pipe.encode_order(pipe.Order(kind, number)))
+
     def kill(self) -> None:
         # The process is reaped in aclose only, so its number cannot have been given to another one.
         with suppress(ProcessLookupError, PermissionError):
@@ -236,7 +283,7 @@ class ProcessChild:
         self._process.wait()
         await self._work.aclose()
         self._either.close()
-        for fd in (self._pidfd, self._reports, self._token_read):
+        for fd in (self._pidfd, self._reports, self._token_read, self._orders):
             os.close(fd)
 
     async def _wait(self) -> None:
@@ -266,6 +313,12 @@ class ProcessChild:
         if found.si_code == os.CLD_EXITED:
             return f"exited with status {found.si_status}"
         return f"was ended by signal {_signal_name(found.si_status)}"
+
+
+def _frame(piece: Piece) -> bytes:
+    activation, start_within_s, fence, deadline_s, max_deadline_s = piece
+    start_by_ns = pipe.start_by_ns(start_within_s)
+    return pipe.encode_work(pipe.Work(activation, start_by_ns, fence, deadline_s, max_deadline_s))
 
 
 def _pidfd(process: subprocess.Popen[bytes]) -> int:

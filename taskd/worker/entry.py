@@ -1,7 +1,7 @@
 """The child process: runs tasks, one at a time, as its worker orders through pipes.
 
-Started as `python -m taskd.worker.entry WORK TOKENS REPORTS PARENT`: three inherited descriptors and
-the worker's process id. It imports no Trio, gRPC or Kafka, so it starts quickly and a task can start
+Started as `python -m taskd.worker.entry WORK TOKENS REPORTS ORDERS PARENT`: four inherited descriptors
+and the worker's process id. It imports no Trio, gRPC or Kafka, so it starts quickly and a task can start
 any event loop of its own. Standard output and error are the worker's; nothing a task prints gets
 into the protocol.
 """
@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import CoroutineType
@@ -21,6 +22,7 @@ import taskd.worker.entry_pipe as pipe
 from taskd.tasks.current import running
 from taskd.worker import entry_run
 from taskd.worker.entry_run import EXIT_PIPES_BROKEN
+from taskd.worker.entry_watch import Watch
 
 READ_BYTES = 65_536
 
@@ -28,10 +30,11 @@ READ_BYTES = 65_536
 class Pipes:
     """The child's ends. A broken one ends the process: nobody could learn what it does from then on."""
 
-    def __init__(self, work: int, tokens: int, reports: int) -> None:
-        for fd in (work, tokens, reports):
+    def __init__(self, work: int, tokens: int, reports: int, orders: int) -> None:
+        for fd in (work, tokens, reports, orders):
             os.set_inheritable(fd, False)
-        self._work, self._tokens, self._reports = work, tokens, reports
+        self._work, self._tokens, self._reports, self.orders = work, tokens, reports, orders
+        self._writing = threading.Lock()
         self._splitter = pipe.Splitter(pipe.MAX_WORK_BYTES)
         self._frames: list[bytes] = []
         self._unsent = b""
@@ -69,51 +72,61 @@ class Pipes:
         self._unsent += pipe.encode_report(report)
 
     def flush(self) -> None:
-        data = memoryview(self._unsent)
-        while data:
-            data = data[os.write(self._reports, data) :]
-        self._unsent = b""
+        if self._unsent:
+            data = memoryview(self._unsent)
+            with self._writing:
+                while data:
+                    data = data[os.write(self._reports, data) :]
+            self._unsent = b""
+
+    def say(self, report: pipe.Report) -> None:
+        """Say it at once, from any thread."""
+        with self._writing:
+            os.write(self._reports, pipe.encode_report(report))
 
     def close(self) -> None:
-        for fd in (self._work, self._tokens, self._reports):
+        for fd in (self._work, self._tokens, self._reports, self.orders):
             os.close(fd)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m taskd.worker.entry", description=__doc__)
-    for name in ("work", "tokens", "reports", "parent"):
+    for name in ("work", "tokens", "reports", "orders", "parent"):
         parser.add_argument(name, type=int)
     parser.add_argument("--tasks", action="append", default=[], help="a module that registers tasks")
     arguments = parser.parse_args(argv)
     entry_run.bind_to_parent(arguments.parent)
-    pipes = Pipes(arguments.work, arguments.tokens, arguments.reports)
-    entry_run.guard_forks(pipes.close)
+    pipes = Pipes(arguments.work, arguments.tokens, arguments.reports, arguments.orders)
+    watch = Watch(pipes.orders, pipes.say)
+    watch.install()
+    entry_run.guard_forks(pipes.close, watch.forget)
     # What tasks log must be seen; a plugin that wants it otherwise configures logging when imported.
     logging.basicConfig(level=logging.INFO, format=entry_run.LOG_FORMAT)
     try:
         pipes.report(entry_run.load_tasks(arguments.tasks))
         pipes.flush()
-        _serve(pipes)
+        _serve(pipes, watch)
     except OSError as error:
         print(f"taskd: the pipes to the worker are broken: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_PIPES_BROKEN)
 
 
-def _serve(pipes: Pipes) -> None:
+def _serve(pipes: Pipes, watch: Watch) -> None:
     pid = os.getpid()
     number = 0
     while token := pipes.token():
         number += 1
         frame = pipes.frame()
         if token == pipe.TOKEN_RUN:
-            _run(pipes, number, pipe.decode_work(frame))
+            _run(pipes, watch, number, pipe.decode_work(frame))
             if os.getpid() != pid:
                 os._exit(0)  # a task forked, and this copy of it returned here
+            watch.mend()
             entry_run.flush_prints()
     pipes.flush()
 
 
-def _run(pipes: Pipes, number: int, work: pipe.Work) -> None:
+def _run(pipes: Pipes, watch: Watch, number: int, work: pipe.Work) -> None:
     """One activation. Nothing a task raises gets out of here."""
     if pipe.is_too_late(work):
         pipes.report(pipe.Expired(number))
@@ -125,20 +138,29 @@ def _run(pipes: Pipes, number: int, work: pipe.Work) -> None:
     pipes.report(pipe.Started(number, run.on_timeout, not run.task.report_timeout_errors))
     pipes.flush()  # before the first line of the task: its deadline begins, and a crash is its own
     begin_ns = time.perf_counter_ns()
-    verdict, quiet = _call(run)
+    verdict, quiet = _call(run, watch, number, work)
     pipes.report(pipe.Done(number, verdict, (time.perf_counter_ns() - begin_ns) // 1000, quiet))
 
 
-def _call(run: entry_run.Run) -> tuple[pipe.Verdict, bool]:
+def _call(run: entry_run.Run, watch: Watch, number: int, work: pipe.Work) -> tuple[pipe.Verdict, bool]:
     """The verdict, and whether the author wants it kept quiet."""
+    task = watch.supervise(number, work)
     arguments = entry_run.arguments(run)
     if isinstance(arguments, pipe.Verdict):
         return arguments, False
+    context = entry_run.context(run, work.fence, task)
     try:
-        with running(entry_run.context(run)):
-            returned = run.task.run(*arguments, run.body.headers)
+        try:
+            watch.open(task)
+            with running(context):
+                returned = run.task.run(*arguments, run.body.headers)
+        finally:
+            # Interrupted here at the last moment, it is shut all the same: it interrupts once.
+            watch.shut()
     except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the task, not the child
-        return entry_run.raised(run, error)
+        return entry_run.timed_out(run, error) if task.overdue else entry_run.raised(run, error)
+    finally:
+        task.close()
     if isinstance(returned, CoroutineType):
         returned.close()
         return entry_run.failure(

@@ -6,8 +6,12 @@ belongs to it, and the parent can read the token pipe too: a token the parent to
 child can never start, however far ahead its frames were written, and however dead the child is. So a
 child can be fed ahead of need, and still nothing waits behind a slow task or is lost with a crash.
 
-Frames are a length of four bytes and a msgpack array. Work is numbered from 1 in the order it was
-written; reports name it by that number.
+A fourth pipe, *orders*, leads to the child for what cannot wait for the end of a task. An order names the
+task it is meant for, and a signal (SIGTERM) makes the child look: an order that comes late finds another
+task and does nothing, and a signal without an order is not the worker's.
+
+Frames are a length of four bytes and a msgpack array; an order is nine bytes. Work is numbered from 1 in
+the order it was written; reports and orders name it by that number.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import msgpack
@@ -27,9 +32,12 @@ TOKEN_SKIP = b"s"  # the frame in turn was taken back: pass over it
 MAX_WORK_BYTES = 64 * 1024 * 1024  # an activation fits a reply of 10 MiB; the rest is room
 MAX_REPORT_BYTES = 8 * 1024 * 1024  # the longest is the list of task names
 MAX_ERROR_CHARACTERS = 4_000
+MAX_MESSAGE_CHARACTERS = 200  # of a heartbeat: it must fit one write that the system does not divide
 
 _LENGTH = struct.Struct(">I")
-_READY, _STARTED, _DONE, _EXPIRED = 1, 2, 3, 4
+_ORDER = struct.Struct(">BQ")
+ORDER_BYTES = _ORDER.size
+_READY, _STARTED, _DONE, _EXPIRED, _HEARTBEAT, _BEAT = 1, 2, 3, 4, 5, 6
 
 
 class ProtocolViolation(TaskdError):
@@ -37,10 +45,29 @@ class ProtocolViolation(TaskdError):
 
 
 class Work(NamedTuple):
-    """`start_by_ns`: of the monotonic clock, which is one per machine; past it, it must not start."""
+    """`start_by_ns`: of the monotonic clock, which is one per machine; past it, it must not start.
+
+    `deadline_s` counts from the start or the newest heartbeat, `max_deadline_s` from the start only; None:
+    heartbeats may move the deadline without end.
+    """
 
     activation: bytes
     start_by_ns: int | None = None
+    fence: int = 0
+    deadline_s: float = 10.0
+    max_deadline_s: float | None = None
+
+
+class OrderKind(IntEnum):
+    CANCEL = 1  # TaskCancelled is raised in the task
+    END = 2  # the child leaves at once, without a report
+
+
+class Order(NamedTuple):
+    """It is meant for the task with this number, and for no other."""
+
+    kind: OrderKind
+    number: int
 
 
 class Verdict(NamedTuple):
@@ -95,7 +122,19 @@ class Expired(NamedTuple):
     number: int
 
 
-Report = Ready | Started | Done | Expired
+class Heartbeat(NamedTuple):
+    """The running task lives, and its deadline begins again. `progress`: 0 to 1."""
+
+    number: int
+    progress: float | None = None
+    message: str = ""
+
+
+class Beat(NamedTuple):
+    """The loop of an async child lives."""
+
+
+Report = Ready | Started | Done | Expired | Heartbeat | Beat
 
 
 class Splitter:
@@ -156,9 +195,21 @@ def encode_work(work: Work) -> bytes:
 def decode_work(frame: bytes) -> Work:
     """Raises ProtocolViolation."""
     parts = _parts(frame)
-    if len(parts) != 2 or not isinstance(parts[0], bytes):
-        raise ProtocolViolation("a piece of work that is not (activation, start by)")
-    return Work(parts[0], parts[1])
+    if len(parts) != len(Work._fields) or not isinstance(parts[0], bytes):
+        raise ProtocolViolation(f"a piece of work that is not {Work._fields}")
+    return Work(*parts)
+
+
+def encode_order(order: Order) -> bytes:
+    return _ORDER.pack(*order)
+
+
+def decode_orders(data: bytes) -> list[Order]:
+    """Raises ProtocolViolation. Orders are written whole, so they are read whole."""
+    try:
+        return [Order(OrderKind(kind), number) for kind, number in _ORDER.iter_unpack(data)]
+    except (struct.error, ValueError) as error:
+        raise ProtocolViolation(f"a malformed order: {error}") from None
 
 
 def encode_report(report: Report) -> bytes:
@@ -171,6 +222,10 @@ def encode_report(report: Report) -> bytes:
             return _frame((_DONE, *report))
         case Expired():
             return _frame((_EXPIRED, *report))
+        case Heartbeat():
+            return _frame((_HEARTBEAT, *report))
+        case Beat():
+            return _frame((_BEAT,))
 
 
 def decode_report(frame: bytes) -> Report:
@@ -183,6 +238,10 @@ def decode_report(frame: bytes) -> Report:
             return Done(_number(parts[0]), _verdict(parts[1]), _number(parts[2]), bool(parts[3]))
         if kind == _EXPIRED:
             return Expired(_number(parts[0]))
+        if kind == _HEARTBEAT:
+            return _heartbeat(*parts)
+        if kind == _BEAT:
+            return Beat()
         if kind == _READY:
             tasks, failures = parts
             return Ready(
@@ -198,6 +257,14 @@ def _number(value: object) -> int:
     if not isinstance(value, int) or value < 0:
         raise TypeError(f"expected a number, found {value!r:.40}")
     return value
+
+
+def _heartbeat(number: object, progress: object, message: object) -> Heartbeat:
+    if progress is not None and not (isinstance(progress, float) and 0 <= progress <= 1):
+        raise TypeError(f"expected progress from 0 to 1, found {progress!r:.40}")
+    if not isinstance(message, str):
+        raise TypeError("a message that is not text")
+    return Heartbeat(_number(number), progress, message[:MAX_MESSAGE_CHARACTERS])
 
 
 def _known_task(parts: object) -> KnownTask:

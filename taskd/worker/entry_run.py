@@ -16,10 +16,18 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import taskd.worker.entry_pipe as pipe
-from taskd.activation.retry import Decision, Raised, Retry, TimedOut, decide
+from taskd.activation.retry import (
+    Decision,
+    NoRetriesRemainingError,
+    Raised,
+    Retry,
+    RetryTaskError,
+    TimedOut,
+    decide,
+)
 from taskd.errors import Undecodable, UnknownTask
 from taskd.tasks import internal, registry
-from taskd.tasks.current import CurrentTask
+from taskd.tasks.current import CurrentTask, Supervisor
 from taskd.tasks.task import AnyTask
 from taskd.wire import parameters
 from taskd.wire.envelope import CallBody, scan_call
@@ -53,22 +61,18 @@ class Run(NamedTuple):
 
 
 def bind_to_parent(parent: int) -> None:
-    """Die with the worker, and only when it says so: signals to a whole group or service are not for us."""
+    """Die with the worker."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(EXIT_PIPES_BROKEN)  # it died before we could ask
-    # Handlers rather than SIG_IGN: programs that a task starts would inherit the latter.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
 
 
-def guard_forks(close_pipes: Callable[[], None]) -> None:
+def guard_forks(close_pipes: Callable[[], None], forget_signals: Callable[[], None]) -> None:
     """A process that a task forks is not a child of the worker: it may not report, and signals end it."""
 
     def in_fork() -> None:
         close_pipes()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        forget_signals()
 
     os.register_at_fork(after_in_child=in_fork)
 
@@ -125,7 +129,7 @@ def arguments(run: Run) -> tuple[list[Any], dict[str, Any]] | pipe.Verdict:
         return failure("undecodable", str(error) if isinstance(error, Undecodable) else describe(error))
 
 
-def context(run: Run) -> CurrentTask:
+def context(run: Run, fence: int, supervisor: Supervisor) -> CurrentTask:
     """What the task can know about itself."""
     body = run.body
     return CurrentTask(
@@ -137,6 +141,8 @@ def context(run: Run) -> CurrentTask:
         retries_remaining=(run.policy or Retry()).retries_remaining(body.attempts),
         headers=body.headers,
         processing_deadline_s=body.processing_deadline_s,
+        fence=fence,
+        supervisor=supervisor,
     )
 
 
@@ -144,6 +150,16 @@ def raised(run: Run, error: BaseException) -> tuple[pipe.Verdict, bool]:
     """The verdict on what the task raised, and whether the author wants it kept quiet."""
     decision = decide(run.policy, run.body.attempts, Raised(error))
     return _verdict(decision, describe(error)), isinstance(error, run.task.silenced_exceptions)
+
+
+def timed_out(run: Run, error: BaseException) -> tuple[pipe.Verdict, bool]:
+    """As `raised`, for what a task raised when its deadline had interrupted it: that is what ended it.
+
+    Unless it asked for another run: then it did so knowingly.
+    """
+    if isinstance(error, RetryTaskError | NoRetriesRemainingError):
+        return raised(run, error)
+    return run.on_timeout._replace(error=describe(error)), not run.task.report_timeout_errors
 
 
 def failure(reason: str, error: str) -> pipe.Verdict:

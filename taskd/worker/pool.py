@@ -20,6 +20,7 @@ from taskd.rpc.client import connect
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import ProcessSpawner, Spawner
 from taskd.worker.credit import Offer, share
+from taskd.worker.ladder import Graces
 from taskd.worker.link import Connector, Identity, Link
 from taskd.worker.pace import Pace
 from taskd.worker.slot import Slot
@@ -29,7 +30,7 @@ log = structlog.get_logger("taskd.worker")
 WORK_PATH = "/taskd.v1.DispatchService/Work"
 DELIVERY_GRACE_S = 5.0  # for results, when running tasks have used up the grace
 GOODBYE_WITHIN_S = 2.0
-TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is killed and reported within the grace
+TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is ended, and reported within the grace
 LATE_ROUND_S = 0.5
 MAX_UNTAKEN = 10_000  # a broker that takes no results gives no work
 
@@ -67,6 +68,7 @@ class Pool:
     ) -> None:
         self.name = name
         self._config = config
+        self._graces = Graces(config.exception_grace_s, config.terminate_grace_s)
         self._pace = Pace()
         self._backlog = Backlog(self._wake_slots, self._changed, self._stop_in_slots)
         self._change = trio.Event()
@@ -78,6 +80,7 @@ class Pool:
                 self._pace,
                 slots=config.slots,
                 max_tasks_per_child=config.max_tasks_per_child,
+                graces=self._graces,
                 on_change=self._changed,
                 rng=rng,
             )
@@ -210,7 +213,7 @@ class Pool:
         if self._config.drain_grace_s is not None:
             return self._config.drain_grace_s
         longest_s = max((slot.remaining_s(now) for slot in self.slots), default=0.0)
-        return longest_s + TIMEOUT_MARGIN_S if longest_s else 0.0
+        return longest_s + self._graces.total_s + TIMEOUT_MARGIN_S if longest_s else 0.0
 
     def _report_who_was_left(self) -> None:
         running = [job.lease.id for slot in self.slots for job in slot.jobs]

@@ -1,8 +1,11 @@
 """One slot of a pool: a child process and its successors, one task at a time.
 
-The slot feeds its child from the backlog, a little ahead when tasks are quick; it holds the deadline
-of the running task against the child, and turns whatever ends a run - a report, a kill, a crash - into
-one result.
+The slot feeds its child from the backlog, a little ahead when tasks are quick; it sees to it that a task
+ends which must, and turns whatever ends a run - a report, a kill, a crash - into one result.
+
+Before a task is ended from outside, all work that the child has not begun is taken back. The child takes
+its next piece only after a task ended, so if another one is missing then, the task is over and its report
+is on the way; if none is, whatever hits the child hits that task, or nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import trio
 
 from taskd.errors import StartupError
 from taskd.telemetry import metrics
-from taskd.wire.frames import Result, ResultStatus
+from taskd.wire.frames import ResultStatus
+from taskd.worker import endings
 from taskd.worker import entry_pipe as pipe
 from taskd.worker.backlog import Backlog
-from taskd.worker.child import Child, ChildGone, Spawner
+from taskd.worker.child import Child, ChildGone, Piece, Spawner
+from taskd.worker.ladder import Graces, Ladder, Step
 from taskd.worker.pace import Pace
 from taskd.worker.results import Job
 
@@ -48,11 +53,13 @@ class Slot:
         *,
         slots: int,
         max_tasks_per_child: int,
+        graces: Graces,
         on_change: Callable[[], None],
         rng: random.Random,
     ) -> None:
         self.number = number
         self.health: Health = "starting"
+        self.tasks: tuple[pipe.KnownTask, ...] = ()  # what its newest child knows
         self.ended_count = 0
         self.crashes_count = 0
         self.timeouts_count = 0
@@ -62,6 +69,7 @@ class Slot:
         self._pace = pace
         self._slots = slots
         self._max_tasks_per_child = max_tasks_per_child
+        self._graces = graces
         self._on_change = on_change
         self._rng = rng
         self._wake = trio.Event()
@@ -74,10 +82,12 @@ class Slot:
         self._inside: dict[int, Job] = {}  # in the child, by number
         self._running: int | None = None
         self._since = 0.0  # of the running task; else of the last sign of life
+        self._must_end_at = 0.0  # the running task's deadline
         self._on_timeout: pipe.Verdict | None = None
         self._quiet = False
-        self._timed_out: int | None = None  # the task that was killed for its deadline
+        self._ladder: Ladder | None = None  # while the running task is being ended
         self._stuck = False
+        self._worn = False  # the child gets nothing more, and leaves when it has done what it has
         self._retiring = False
 
     # ---- what the pool asks
@@ -94,8 +104,8 @@ class Slot:
         """When the work in here must have ended, counted from now."""
         remaining_s = 0.0
         for number, job in self._inside.items():
-            remaining_s += job.deadline_s - (now - self._since if number == self._running else 0.0)
-        return max(remaining_s, 0.0)
+            remaining_s += max(self._must_end_at - now, 0.0) if number == self._running else job.deadline_s
+        return remaining_s
 
     def wake(self) -> None:
         """There may be work."""
@@ -109,13 +119,14 @@ class Slot:
                 self._backlog.put_back(back)
 
     def end_stopped(self) -> None:
-        """End what was stopped by an operator: a running task with its child, others before they begin."""
-        if self._child is None:
+        """End what was stopped: the running task, and others before they begin."""
+        child, number = self._child, self._running
+        if child is None or not any(job.stopped for job in self._inside.values()):
             return
-        if any(job.stopped for job in self._inside.values()):
-            self.recall()  # also before a kill: what is queued behind must not begin in a child that dies
-        if self._running is not None and self._inside[self._running].stopped:
-            self._child.kill()
+        self.recall()
+        if number is not None and self._inside[number].stopped and self._ladder is None:
+            self._end_running(child, number, asked=False)
+            self._due.deadline = self._check_at()
 
     # ---- one child after the other
 
@@ -141,6 +152,7 @@ class Slot:
         return self._rng.uniform(longest_s / 2, longest_s)
 
     def _announce_ready(self, child: Child) -> None:
+        self.tasks = child.ready.tasks
         if self.health == "starting" and self.number == 0:
             log.info("child ready", pid=child.pid, tasks_count=len(child.ready.tasks))
             for where, why in child.ready.failures:
@@ -171,7 +183,7 @@ class Slot:
     # ---- feeding
 
     async def _feed(self, child: Child) -> None:
-        while self._sent < self._max_tasks_per_child:
+        while not self._worn:
             jobs = self._next_jobs()
             if not jobs:
                 self._wake = trio.Event()
@@ -183,10 +195,9 @@ class Slot:
             for job in jobs:
                 self._sent += 1
                 self._inside[self._sent] = job
+            self._worn |= self._sent >= self._max_tasks_per_child
             self._due.deadline = self._check_at()
-            await child.send(
-                [(job.activation, None if job.expires_at is None else job.expires_at - now) for job in jobs]
-            )
+            await child.send([_piece(job, now) for job in jobs])
         while self._inside:
             self._wake = trio.Event()
             await self._wake.wait()
@@ -195,7 +206,7 @@ class Slot:
         child.dismiss()
 
     def _next_jobs(self) -> list[Job]:
-        if self._stuck:
+        if self._stuck or self._worn or self._ladder is not None:
             return []
         room = 1 + self._pace.ahead() - len(self._inside)
         room = min(room, self._max_tasks_per_child - self._sent)
@@ -230,10 +241,10 @@ class Slot:
 
     def _check_at(self) -> float:
         """When to look after the child even though it says nothing."""
-        if self._timed_out is not None:
-            return float("inf")
+        if self._ladder is not None:
+            return self._ladder.next_at
         if self._running is not None:
-            end = self._since + self._inside[self._running].deadline_s
+            end = self._must_end_at
             return end if self._stuck else min(end, self._since + STALLED_AFTER_S)
         if self._inside:
             return self._since + BEGIN_WITHIN_S
@@ -241,16 +252,25 @@ class Slot:
 
     def _overdue(self, child: Child) -> None:
         now = trio.current_time()
-        if self._running is None:
+        if self._ladder is not None:
+            self._ladder.climb(now)
+        elif self._running is None:
             # It hangs between two tasks, or did not leave. What follows is the same as after a crash.
             self._since = float("inf")
-            child.kill()
-        elif now >= self._since + self._inside[self._running].deadline_s:
-            self._timed_out = self._running
             child.kill()
         else:
             self._stuck = True
             self.recall()
+            if now >= self._must_end_at:
+                self._end_running(child, self._running, asked=True)
+
+    def _end_running(self, child: Child, number: int, *, asked: bool) -> None:
+        """See to it that this task ends; everything else was taken back."""
+        now = trio.current_time()
+        if len(self._inside) == 1:
+            self._ladder = Ladder(child, number, self._graces, now, asked=asked)
+        else:
+            self._running, self._since = None, now  # it is over, and the child is about to say so
 
     def _handle(self, report: pipe.Report) -> bool:
         match report:
@@ -258,14 +278,23 @@ class Slot:
                 self._running, self._on_timeout, self._quiet = number, on_timeout, quiet
                 self._since, self._stuck = trio.current_time(), False
                 job = self._inside[number]
+                self._must_end_at = self._since + job.deadline_s
                 job.account.start(job)
                 if job.stopped:
                     self.end_stopped()
             case pipe.Done(number, verdict, duration_us, quiet) if number in self._inside:
                 self._running, self._since, self._stuck = None, trio.current_time(), False
+                self._ladder = None
                 self._pace.observe(duration_us / 1e6)
                 metrics.worker_task_seconds.observe(duration_us / 1e6)
-                self._finish(self._inside.pop(number), verdict, quiet=quiet)
+                self.timeouts_count += verdict.reason == "timeout"
+                job = self._inside.pop(number)
+                self._finish(job, verdict, quiet=quiet)
+                if (job.stopped or verdict.reason == "timeout") and self._child and self._child.has_started():
+                    self._wear()  # what the interrupted task started ends with the child
+            case pipe.Heartbeat(number, progress, message):
+                if number == self._running:  # else it is late
+                    self._alive(self._inside[number], progress, message)
             case pipe.Expired(number) if number in self._inside and self._running is None:
                 self._since, self._stuck = trio.current_time(), False
                 job = self._inside.pop(number)
@@ -273,6 +302,19 @@ class Slot:
             case _:
                 return False
         return True
+
+    def _wear(self) -> None:
+        """Replace the child as soon as it is idle."""
+        self._worn = True
+        self.recall()
+        self.wake()
+
+    def _alive(self, job: Job, progress: float | None, message: str) -> None:
+        if job.account.moves_deadlines:
+            most_s = job.account.max_deadline_s
+            latest = float("inf") if most_s is None else self._since + max(most_s, job.deadline_s)
+            self._must_end_at = min(trio.current_time() + job.deadline_s, latest)
+        job.account.heartbeat(job, progress, message)
 
     def _after_reports(self) -> None:
         self._on_change()
@@ -285,54 +327,36 @@ class Slot:
         """The child ended: what it had not begun goes back, what it was at gets its result."""
         if self._inside or not self._retiring:
             child.kill()  # it may live on, when it broke the protocol
-            log.warning("child ended", slot=self.number, why=why, timeout=self._timed_out is not None)
+            log.warning("child ended", slot=self.number, why=why)
         back = self._take_back(child)
         for number, job in self._inside.items():
             if job.stopped:
-                self._forget(job)
-            elif number == self._timed_out and self._on_timeout is not None:
+                self._finish(job, pipe.Verdict(ResultStatus.CRASHED))
+            elif self._ladder is not None and number == self._ladder.number and self._on_timeout is not None:
                 self.timeouts_count += 1
                 self._pace.observe(job.deadline_s)
-                text = f"killed at its processing deadline of {job.deadline_s:g} s"
+                text = f"{_how(self._ladder)} its processing deadline of {job.deadline_s:g} s: {why}"
                 self._finish(job, self._on_timeout._replace(reason="timeout", error=text), quiet=self._quiet)
             else:
                 self.crashes_count += 1
                 self._finish(job, pipe.Verdict(ResultStatus.CRASHED, "crashed", why))
         self._inside.clear()
-        self._running = None
+        self._running = self._ladder = None
         if back:
             self._backlog.put_back(back)
         self._on_change()
 
-    def _forget(self, job: Job) -> None:
-        job.account.forget(job)
-        self.ended_count += 1
-        metrics.worker_tasks.labels("stopped").inc()
-
     def _finish(self, job: Job, verdict: pipe.Verdict, *, quiet: bool = False) -> None:
-        if job.stopped:
-            self._forget(job)
-            return
-        status = ResultStatus(verdict.status)
-        result = Result(
-            *job.lease,
-            status,
-            verdict.reason,
-            verdict.error,
-            verdict.max_attempts,
-            verdict.delay_on_retry_s,
-        )
-        if status is ResultStatus.CRASHED:
-            job.account.crash(job, result)
-        else:
-            job.account.finish(job, result)
+        endings.end(job, verdict, quiet=quiet)
         self.ended_count += 1
-        metrics.worker_tasks.labels(status.name.lower()).inc()
-        if status is not ResultStatus.COMPLETE and not quiet:
-            log.warning(
-                "task did not complete",
-                id=job.lease.id,
-                status=status.name.lower(),
-                reason=verdict.reason,
-                error=verdict.error,
-            )
+
+
+def _piece(job: Job, now: float) -> Piece:
+    """The job as its child gets it. Where nobody can be told that it lives, that moves no deadline."""
+    most_s = job.account.max_deadline_s if job.account.moves_deadlines else job.deadline_s
+    start_within_s = None if job.expires_at is None else job.expires_at - now
+    return Piece(job.activation, start_within_s, job.lease.fence, job.deadline_s, most_s)
+
+
+def _how(ladder: Ladder) -> str:
+    return "ended at" if ladder.step is Step.INTERRUPTED else f"killed by {ladder.signal_name} at"

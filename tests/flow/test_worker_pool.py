@@ -17,10 +17,11 @@ from taskd.config.schema import PoolSection
 from taskd.errors import PeerUnavailable, StartupError
 from taskd.wire import frames
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
-from taskd.worker.child import Child, ChildGone
+from taskd.worker.child import Child, ChildGone, Piece
 from taskd.worker.pool import Pool, run_pool
 
 COMPLETE = pipe.Verdict(int(ResultStatus.COMPLETE))
+CANCELLED = pipe.Verdict(int(ResultStatus.FAILURE), "error")
 RETRY_ON_TIMEOUT = pipe.Verdict(int(ResultStatus.RETRY), "timeout", "", 4, 7)
 
 
@@ -28,26 +29,36 @@ RETRY_ON_TIMEOUT = pipe.Verdict(int(ResultStatus.RETRY), "timeout", "", 4, 7)
 
 
 class ScriptedChild:
-    """Runs b"1.5" in 1.5 seconds, crashes for b"1.5 crash", speaks nonsense for b"0 junk"."""
+    """Runs b"1.5" in 1.5 seconds, crashes for b"1.5 crash", speaks nonsense for b"0 junk".
+
+    An exception ends its task at the deadline, or ordered; not b"9 swallows", which SIGTERM ends, nor
+    b"9 stubborn", which only SIGKILL does.
+    """
 
     ready = pipe.Ready((pipe.KnownTask("app", "tests", "any"),))
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.killed = False
+        self.stubborn, self.listens = False, True
         self.started: list[bytes] = []
-        self._tokens: list[tuple[int, bytes, float | None]] = []
+        self._tokens: list[tuple[int, Piece, float | None]] = []
+        self.orders: list[pipe.Order] = []
+        self.terminated: list[int] = []
+        self._task = trio.CancelScope()  # of the running task
+        self._number = 0
         self._count = 0
         self._arrived = trio.Event()
         self._dismissed = False
         self._out, self._in = trio.open_memory_channel[pipe.Report](1_000)
 
-    async def send(self, work: Sequence[tuple[bytes, float | None]]) -> None:
+    async def send(self, work: Sequence[Piece]) -> None:
         await trio.lowlevel.checkpoint()
-        for activation, within_s in work:
+        for piece in work:
             self._count += 1
+            within_s = piece.start_within_s
             deadline = None if within_s is None else trio.current_time() + within_s
-            self._tokens.append((self._count, activation, deadline))
+            self._tokens.append((self._count, piece, deadline))
         self._arrived.set()
 
     async def receive(self) -> list[pipe.Report]:
@@ -74,8 +85,22 @@ class ScriptedChild:
         self._dismissed = True
         self._arrived.set()
 
+    def has_started(self) -> bool:
+        return False
+
+    def order(self, kind: pipe.OrderKind, number: int) -> None:
+        self.orders.append(pipe.Order(kind, number))
+        if number == self._number and self.listens:
+            self._task.cancel()
+
+    def terminate(self, number: int) -> None:
+        self.terminated.append(number)
+        if number == self._number and not self.stubborn:
+            self.kill()
+
     def kill(self) -> None:
         self.killed = True
+        self._task.cancel()
         self._out.close()
 
     async def run(self) -> None:
@@ -89,17 +114,33 @@ class ScriptedChild:
                 await self._arrived.wait()
         self._out.close()
 
-    async def _run(self, number: int, activation: bytes, deadline: float | None) -> None:
-        seconds, _, how = activation.decode().partition(" ")
+    async def _run(self, number: int, piece: Piece, deadline: float | None) -> None:
+        seconds, _, how = piece.activation.decode().partition(" ")
         if deadline is not None and trio.current_time() >= deadline:
             return self._tell(pipe.Expired(number))
         if how == "hangs":
             await trio.sleep_forever()
-        self.started.append(activation)
+        self.started.append(piece.activation)
         self._tell(pipe.Started(number, RETRY_ON_TIMEOUT))
-        await trio.sleep(float(seconds))
+        if "beats" in how:
+            await trio.sleep(2)
+            self._tell(pipe.Heartbeat(number, 0.5, "half"))
+        self.stubborn, self._number = "stubborn" in how, number
+        self.listens = not self.stubborn and "swallows" not in how
+        limit_s = piece.deadline_s if self.listens else float("inf")
+        with trio.CancelScope(deadline=trio.current_time() + limit_s) as self._task:
+            await trio.sleep(float(seconds))
+        self._number = 0
+        if self._task.cancelled_caught:
+            verdict = RETRY_ON_TIMEOUT if trio.current_time() >= self._task.deadline else CANCELLED
+            return self._tell(pipe.Done(number, verdict, int(float(seconds) * 1e6)))
         if how == "crash":
             self.killed = True
+        elif how == "late":
+            begun = self._tokens.pop(0)  # the child is at its next piece before its report is read
+            await trio.sleep(0.02)
+            self._tell(pipe.Done(number, COMPLETE, 1))
+            await self._run(*begun)
         elif how == "junk":
             self._tell(pipe.Ready(()))
         else:
@@ -400,11 +441,97 @@ async def test_what_an_operator_stops_ends_unreported_wherever_it_is(autojump_cl
         assert [result.id for result in broker.results] == ["other"]
         assert LeaseRef("waits", 1) not in broker.started
         assert broker.back == []
-        assert it.spawner.children[0].killed
+        (child,) = it.spawner.children
+        assert child.orders == [pipe.Order(pipe.OrderKind.CANCEL, 1)]
+        assert not child.terminated, "the exception ended it"
         broker.take_all()
         await trio.testing.wait_all_tasks_blocked()
         assert it.pool.statistics().crashes == 0
         assert it.pool.statistics().in_children == 0
+
+
+async def quicken(broker: Connection) -> None:
+    """Teach the pool that tasks are quick, so that children are fed ahead."""
+    for number in range(40):
+        broker.tell(work(f"q{number}", task="0.0001"))
+        await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+    broker.take_all()
+
+
+async def test_an_order_does_not_hit_the_task_after_the_one_it_is_for(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        await quicken(broker)
+        broker.tell(work("stopped", task="0.05 late"), work("next", task="0.05"), work("last", task="0.05"))
+        await broker.until(lambda: LeaseRef("stopped", 1) in broker.started)
+        await trio.sleep(0.06)
+        broker.tell(frames.Stop((LeaseRef("stopped", 1),)))
+        await broker.until(lambda: len(broker.results) == 42)
+        assert [(result.id, result.status) for result in broker.results[40:]] == [
+            ("next", ResultStatus.COMPLETE),
+            ("last", ResultStatus.COMPLETE),
+        ]
+        (child,) = it.spawner.children
+        assert not child.orders
+        assert not child.terminated
+        assert it.pool.statistics().crashes == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "terminated", "killed", "ends_s"),
+    [("50 swallows", [1], True, 4), ("50 stubborn", [1], True, 5), ("50", [], False, 3)],
+)
+async def test_a_task_at_its_deadline_is_ended_step_by_step(
+    autojump_clock: MockClock, task: str, terminated: list[int], killed: bool, ends_s: float
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task=task, deadline_s=3))
+        await broker.until(lambda: bool(broker.started))
+        begin = trio.current_time()
+        await broker.until(lambda: bool(broker.results))
+        assert trio.current_time() - begin == pytest.approx(ends_s, abs=0.01)
+        (result,) = broker.results
+        assert (result.status, result.reason) == (ResultStatus.RETRY, "timeout")
+        child = it.spawner.children[0]
+        assert (child.orders, child.terminated, child.killed) == ([], terminated, killed)
+        assert it.pool.statistics().timeouts == 1
+        assert it.pool.statistics().crashes == 0
+        if killed:
+            assert ("SIGKILL" if "stubborn" in task else "SIGTERM") in result.error
+
+
+@pytest.mark.parametrize(("task", "ends_s"), [("50 swallows", 1), ("50 stubborn", 2), ("50", 0)])
+async def test_a_task_that_is_stopped_is_ended_step_by_step(
+    autojump_clock: MockClock, task: str, ends_s: float
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task=task, deadline_s=60))
+        await broker.until(lambda: bool(broker.started))
+        await trio.sleep(1)
+        broker.tell(frames.Stop((LeaseRef("a", 1),)))
+        await trio.sleep(max(ends_s - 0.01, 0))
+        assert it.pool.statistics().in_children == 1
+        await trio.sleep(0.02)
+        assert it.pool.statistics().in_children == 0
+        broker.tell(work("b", task="0"))
+        await broker.until(lambda: bool(broker.results))
+        assert [result.id for result in broker.results] == ["b"]
+        assert it.spawner.children[0].orders == [pipe.Order(pipe.OrderKind.CANCEL, 1)]
+        assert it.pool.statistics().crashes == 0
+
+
+async def test_a_heartbeat_moves_the_deadline_of_its_task(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="50 beats stubborn", deadline_s=3))
+        await broker.until(lambda: bool(broker.started))
+        begin = trio.current_time()
+        await broker.until(lambda: bool(broker.results))
+        assert trio.current_time() - begin == pytest.approx(2 + 3 + 2, abs=0.01)
+        beats = [frame.tasks for frame in broker.said(frames.Heartbeat) if frame.tasks]  # type: ignore[attr-defined]
+        assert beats == [(frames.TaskProgress("a", 1, 500, "half"),)]
 
 
 async def test_what_is_stopped_inside_a_child_never_begins(autojump_clock: MockClock) -> None:
@@ -434,7 +561,7 @@ async def test_expired_before_start_is_handed_back(autojump_clock: MockClock) ->
 async def test_deadline_kills_and_reports_what_the_task_s_policy_says(autojump_clock: MockClock) -> None:
     async with running(slots=1) as it:
         broker = await it.network.accept()
-        broker.tell(work("a", task="50", deadline_s=3))
+        broker.tell(work("a", task="50 stubborn", deadline_s=3))
         await broker.until(lambda: bool(broker.results))
         (result,) = broker.results
         assert result.status is ResultStatus.RETRY

@@ -22,7 +22,7 @@ from taskd.wire import frames
 from taskd.wire.frames import Assignment, Result, ResultStatus
 from taskd.wire.parameters import encode
 from taskd.wire.protobuf import bytes_field, text_field, varint_field
-from taskd.worker.child import ProcessSpawner
+from taskd.worker.child import Piece, ProcessSpawner
 from taskd.worker.pool import Pool, run_pool
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -309,11 +309,11 @@ async def test_work_taken_back_is_never_started(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     async with spawner().open() as child:
         slow = call("slow", "starts_a_process", str(tmp_path / "pid")).activation
-        await child.send([(slow, None)])
+        await child.send([Piece(slow)])
         await child.receive()
         large = call("large", "append", str(path), "x" * 1_000_000).activation
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(child.send, [(large, None), (large, None)])
+            nursery.start_soon(child.send, [Piece(large), Piece(large)])
             await trio.testing.wait_all_tasks_blocked()
             assert child.take_back() == 2
             assert child.take_back() == 2, "the tokens to skip them can be taken as well"
@@ -325,9 +325,9 @@ async def test_work_taken_back_is_never_started(tmp_path: Path) -> None:
 async def test_work_taken_back_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     async with spawner().open() as child:
-        await child.send([(call(str(n), "append", str(path), str(n)).activation, None) for n in range(200)])
+        await child.send([Piece(call(str(n), "append", str(path), str(n)).activation) for n in range(200)])
         taken = child.take_back()
-        await child.send([(call("last", "append", str(path), "last").activation, None)])
+        await child.send([Piece(call("last", "append", str(path), "last").activation)])
         numbers: set[int] = set()
         with trio.fail_after(10):
             while 201 not in numbers:

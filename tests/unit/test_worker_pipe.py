@@ -19,7 +19,10 @@ reports = st.one_of(
     st.builds(pipe.Started, numbers, verdicts, st.booleans()),
     st.builds(pipe.Done, numbers, verdicts, numbers, st.booleans()),
     st.builds(pipe.Expired, numbers),
+    st.builds(pipe.Heartbeat, numbers, st.none() | st.floats(0, 1), texts),
 )
+seconds = st.floats(0, 1e9)
+works = st.builds(pipe.Work, st.binary(), optional, numbers, seconds, st.none() | seconds)
 
 
 @given(st.lists(reports), st.integers(1, 50))
@@ -33,12 +36,28 @@ def test_reports_survive_any_cutting_of_the_stream(sent: list[pipe.Report], size
     assert received == sent
 
 
-@given(st.binary(), optional)
-def test_work_survives(activation: bytes, start_by_ns: int | None) -> None:
+@given(works)
+def test_work_survives(work: pipe.Work) -> None:
     splitter = pipe.Splitter(pipe.MAX_WORK_BYTES)
-    splitter.feed(pipe.encode_work(pipe.Work(activation, start_by_ns)))
+    splitter.feed(pipe.encode_work(work))
     (frame,) = splitter
-    assert pipe.decode_work(frame) == pipe.Work(activation, start_by_ns)
+    assert pipe.decode_work(frame) == work
+
+
+@given(st.lists(st.builds(pipe.Order, st.sampled_from(pipe.OrderKind), st.integers(0, 2**64 - 1))))
+def test_orders_survive(orders: list[pipe.Order]) -> None:
+    assert pipe.decode_orders(b"".join(map(pipe.encode_order, orders))) == orders
+
+
+@pytest.mark.parametrize("data", [b"x", b"\x07" + bytes(8), bytes(10)])
+def test_malformed_orders_are_refused(data: bytes) -> None:
+    with pytest.raises(pipe.ProtocolViolation):
+        pipe.decode_orders(data)
+
+
+def test_a_heartbeat_is_written_in_one_piece() -> None:
+    longest = pipe.Heartbeat(2**63, 0.123456789, "\N{GRINNING FACE}" * pipe.MAX_MESSAGE_CHARACTERS)
+    assert len(pipe.encode_report(longest)) <= 4_096  # PIPE_BUF of Linux
 
 
 @given(st.binary())
@@ -72,6 +91,10 @@ def test_junk_raises_nothing_but_protocol_violation(junk: bytes) -> None:
         [1, [["app", "tests", "noop", 0]], []],
         [1, [], [["only one"]]],
         [[], 1],
+        [5, 1, 1.5, ""],
+        [5, 1, "x", ""],
+        [5, 1, None, 5],
+        [5, 1],
     ],
 )
 def test_malformed_reports_are_refused(parts: object) -> None:

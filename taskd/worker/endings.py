@@ -1,0 +1,37 @@
+"""What becomes of a job that ended: a result in its account, a line in the log, a count."""
+
+from __future__ import annotations
+
+import structlog
+
+from taskd.telemetry import metrics
+from taskd.wire.frames import Result, ResultStatus
+from taskd.worker import entry_pipe as pipe
+from taskd.worker.results import Job
+
+log = structlog.get_logger("taskd.worker")
+
+
+def end(job: Job, verdict: pipe.Verdict, *, quiet: bool = False) -> None:
+    """Owe the store this outcome. Nothing of a job that was stopped: nobody waits for it any more."""
+    if job.stopped:
+        job.account.forget(job)
+        metrics.worker_tasks.labels("stopped").inc()
+        return
+    status = ResultStatus(verdict.status)
+    result = Result(
+        *job.lease, status, verdict.reason, verdict.error, verdict.max_attempts, verdict.delay_on_retry_s
+    )
+    if status is ResultStatus.CRASHED:
+        job.account.crash(job, result)
+    else:
+        job.account.finish(job, result)
+    metrics.worker_tasks.labels(status.name.lower()).inc()
+    if status is not ResultStatus.COMPLETE and not quiet:
+        log.warning(
+            "task did not complete",
+            id=job.lease.id,
+            status=status.name.lower(),
+            reason=verdict.reason,
+            error=verdict.error,
+        )
