@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 async def test_junk_and_unknown_tasks_among_good_ones(tmp_path: Path) -> None:
-    async with open_scene(tmp_path) as scene:
+    async with open_scene(tmp_path, TASKD_DISPATCH__UNKNOWN_TASKS="fail") as scene:
         broker, worker = scene.broker(), scene.worker()
         rng = random.Random(1)
         junk = [b"", b"\0", b"\xff" * 100, *(rng.randbytes(rng.randint(1, 300)) for _ in range(50))]
