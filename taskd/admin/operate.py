@@ -14,7 +14,7 @@ from pathlib import Path
 from taskd.activation.switches import Condition, Switch, SwitchKind
 from taskd.admin.cancel import MAX_IDS
 from taskd.admin.orders import SERVICE, WIRE_KINDS, switch_of, wire_subject
-from taskd.errors import ConfigError, PeerUnavailable, TaskdError
+from taskd.errors import ConfigError, PeerUnavailable, Refused, TaskdError
 from taskd.rpc.access import OPEN, Access
 from taskd.rpc.client import Client, connect
 from taskd.wire.generated.taskd import v1
@@ -166,7 +166,7 @@ async def open_operator(
 ) -> AsyncIterator[Operator]:
     """Orders to the broker that listens on the socket `path`, or else at `address`.
 
-    Raises ConfigError, and PeerUnavailable when no broker answers.
+    Raises ConfigError, PeerUnavailable when no broker answers, Refused when it takes no orders from here.
     """
     access = OPEN
     if address is not None:
@@ -183,4 +183,10 @@ async def open_operator(
             raise PeerUnavailable(
                 f"no broker takes orders at {path} ({error}); is it running, with this configuration? "
                 "--config names its file, --socket its socket"
+            ) from error
+        except Refused as error:
+            if path is not None or error.code not in ("UNAUTHENTICATED", "UNIMPLEMENTED"):
+                raise
+            raise Refused(
+                error.code, f"{error.message}: is {VARIABLE} one of admin.secrets of the broker at {address}?"
             ) from error

@@ -199,6 +199,8 @@ def required(value: str, what: str) -> str:
     """A text that every order has, cut to size."""
     if not value.strip():
         raise Refused("INVALID_ARGUMENT", f"expected the {what}, found none: every order has one")
+    if not value.isprintable():  # it is shown on other people's terminals
+        raise Refused("INVALID_ARGUMENT", f"the {what} must be one line of printable characters")
     return value[:MAX_TEXT_CHARS]
 
 

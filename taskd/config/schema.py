@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _not_a_bool(value: object) -> object:
@@ -439,6 +449,16 @@ class BrokerConfig(Section):
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="auto: console on a terminal, else json"
     )
+
+    @field_validator("admin")
+    @classmethod
+    def _orders_have_secrets_of_their_own(cls, admin: AdminSection, info: ValidationInfo) -> AdminSection:
+        rpc = info.data.get("rpc")  # None: it is wrong itself
+        if rpc is not None and set(admin.secrets) & set(rpc.secrets):
+            raise ValueError(
+                "secrets must have none of rpc.secrets: whoever may work or produce could also give orders"
+            )
+        return admin
 
 
 class ClientTlsSection(Section):

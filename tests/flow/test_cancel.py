@@ -313,6 +313,7 @@ async def test_a_large_order_is_several_writes_and_a_larger_one_several_orders(
     [
         (v1.CancelRequest(ids=["a"], author="ann"), "expected the reason"),
         (v1.CancelRequest(ids=["a"], reason="why"), "expected the author"),
+        (v1.CancelRequest(ids=["a"], reason="why\x1b[2J", author="ann"), "printable"),
         (v1.CancelRequest(reason="why", author="ann"), "expected ids"),
         (v1.CancelRequest(ids=["a", ""], reason="why", author="ann"), "an id has 1 to"),
         (v1.CancelRequest(ids=["ä" * (MAX_ID_BYTES // 2 + 1)], reason="why", author="ann"), "an id has 1 to"),

@@ -13,7 +13,7 @@ trustme = pytest.importorskip("trustme")
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
-SECRET, OTHER = "correct horse battery staple", "incorrect horse"
+SECRET, OTHER, ORDERS = "correct horse battery staple", "incorrect horse", "who may give orders"
 
 
 def write_certificates(folder: Path) -> dict[str, str]:
@@ -49,6 +49,7 @@ async def test_a_task_runs_over_mutual_tls_with_signed_calls(tmp_path: Path) -> 
                     },
                 },
                 "http": {"port": 0},
+                "admin": {"secrets": [ORDERS]},
             }
         )
     )
@@ -91,11 +92,19 @@ async def test_a_task_runs_over_mutual_tls_with_signed_calls(tmp_path: Path) -> 
             code, said = await submit(daemons, address, {"TASKD_TIMEOUT_S": "1", **strange})
             assert code == 1, said
             assert why in said
+        for secret, why in (
+            (SECRET, "failed: is TASKD_ADMIN_SECRET one of admin.secrets"),  # who may work may not order
+            (ORDERS, "never-heard-of  unknown to this broker"),
+        ):
+            order = ("cancel", "never-heard-of", "--reason", "why", "--address", address)
+            command = daemons.start(*order, more={**mine, "TASKD_ADMIN_SECRET": secret})
+            assert await command.ended() == 1
+            assert why in command.tail()
         assert await knowing.stopped() == 0
         await unknowing.stopped()
         assert await broker.stopped() == 0
         for daemon in daemons.all:
-            assert not [line for line in daemon.lines if SECRET in line or OTHER in line]
+            assert not [line for line in daemon.lines if SECRET in line or OTHER in line or ORDERS in line]
 
 
 @pytest.mark.parametrize(

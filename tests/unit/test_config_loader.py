@@ -192,6 +192,15 @@ def test_a_secret_in_a_wrong_place_is_not_told(written):
         assert "hunter2" not in told
 
 
+def test_who_may_work_may_not_give_orders(written):
+    told = refused(written("rpc: {secrets: [old, shared]}\nadmin: {secrets: [shared]}\n"))
+    assert told.startswith("`admin`: secrets must have none of rpc.secrets: ")
+    assert "shared" not in told
+    assert "`admin`" in refused(written("rpc: {secrets: [a]}\n"), {"TASKD_ADMIN__SECRETS": "a"})
+    config = load_broker_config(written("rpc: {secrets: [a]}\nadmin: {secrets: [b]}\n"), {}, {})
+    assert config.admin.secrets != config.rpc.secrets
+
+
 def test_a_section_in_part_keeps_the_default_port(written):
     config = load_broker_config(written("rpc: {host: 0.0.0.0}\nhttp: {host: 0.0.0.0}\n"), {}, {})
     assert (config.rpc.port, config.http.port) == (50051, 50052)
