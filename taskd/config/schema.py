@@ -473,9 +473,21 @@ class ClientTlsSection(Section):
     key: Path | None = Field(default=None, description="its private key, without a passphrase")
 
 
+class PoolListenSection(ListenSection):
+    """Where a pool with `protocol: push` is called by its broker; the pool's secrets sign those calls."""
+
+    port: Port = Field(default=50053, description="port to bind; 0 takes a free one")
+    tls: ListenTlsSection | None = Field(default=None, description="certificate and key; null: in the clear")
+
+
 class PoolSection(Section):
     """One processing pool of a worker."""
 
+    protocol: Literal["stream", "pull", "push"] = Field(
+        default="stream",
+        description="stream: brokers of taskd; pull: any broker of the taskbroker protocol, which is asked "
+        "for work; push: such a broker that calls this worker",
+    )
     brokers: tuple[Address, ...] = Field(
         default=("127.0.0.1:50051",), min_length=1, description="host:port of each broker"
     )
@@ -491,6 +503,7 @@ class PoolSection(Section):
     namespaces: tuple[str, ...] = Field(
         default=(), description="only activations of these namespaces; default: any"
     )
+    listen: PoolListenSection = PoolListenSection()
     slots: PositiveInt = Field(default=2, description="child processes, each runs one task at a time")
     max_tasks_per_child: PositiveInt = Field(
         default=10_000, description="a child is replaced after so many tasks"
@@ -510,6 +523,22 @@ class PoolSection(Section):
     terminate_grace_s: GraceSeconds = Field(
         default=1.0, description="for its processes to end by SIGTERM; then they get SIGKILL"
     )
+
+    @model_validator(mode="after")
+    def _fits_its_protocol(self) -> PoolSection:
+        if self.protocol == "pull" and self.namespaces and self.application is None:
+            raise ValueError("with protocol pull, namespaces need application: brokers find nothing without")
+        if self.protocol == "push" and len(set(self.brokers)) > 1:
+            raise ValueError(
+                f"with protocol push, brokers must be one, found {len(set(self.brokers))}: nothing says which "
+                "of them pushed a task, and a result given to the wrong one is lost; run a pool for each"
+            )
+        if self.protocol == "push" and self.tls is not None and self.listen.tls is None:
+            raise ValueError(
+                "with protocol push and tls, listen.tls must be set too: tasks come that way; "
+                "{certificate: FILE, key: FILE}"
+            )
+        return self
 
 
 class WorkerConfig(Section):

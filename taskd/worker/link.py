@@ -8,7 +8,7 @@ that belongs to the old one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -26,6 +26,7 @@ from taskd.wire.frames import (
     Hello,
     Stop,
     Taken,
+    TaskName,
     Welcome,
     WorkerFrame,
     decode_broker_frame,
@@ -54,12 +55,14 @@ class Connector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a pool says of itself to every broker."""
+    """What a pool says of itself to every broker. `tasks`: what it can run when it connects."""
 
     worker_id: str
     pool: str
     application: str | None
     namespaces: tuple[str, ...]
+    slots: int
+    tasks: Callable[[], Iterable[TaskName]]
 
 
 class Link:
@@ -162,6 +165,8 @@ class Link:
             me.namespaces,
             before.store_id if before else "",
             before.holding if before else (),
+            tasks=tuple(me.tasks()),
+            slots=me.slots,
         )
         with trio.move_on_after(WELCOME_WITHIN_S) as waiting:
             await stream.send(encode_worker_frame(hello))
@@ -204,8 +209,8 @@ class Link:
                     self._on_change()
                 case Draining():
                     self.state = "draining"
-                case Stop(leases):
-                    log.warning("stopped by an operator", ids=[lease.id for lease in leases])
+                case Stop(leases, reason):
+                    log.warning("stopped by the broker", why=reason.name.lower(), ids=[x.id for x in leases])
                     self._backlog.stop(account, leases)
                 case Welcome():
                     raise Undecodable(f"{self.address} sent a second welcome")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,17 @@ import trio
 from taskd.config.schema import PoolSection
 from taskd.rpc.access import Access, pool_access
 from taskd.rpc.base import ClientStream
-from taskd.rpc.client import connect
+from taskd.rpc.client import connect as open_client
+from taskd.wire.frames import TaskName
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import ProcessSpawner, Spawner
 from taskd.worker.credit import Offer, share
 from taskd.worker.ladder import Graces
 from taskd.worker.link import Connector, Identity, Link
 from taskd.worker.pace import Pace
+from taskd.worker.plain import CALL_WITHIN_S, PURPOSES, BrokerLink, CallConnector
+from taskd.worker.pull import PullLink, Turns
+from taskd.worker.push import Listen, PushLink, listener
 from taskd.worker.slot import Slot
 
 log = structlog.get_logger("taskd.worker")
@@ -64,13 +68,20 @@ class Pool:
         *,
         spawner: Spawner,
         connect: Connector,
+        call: CallConnector,
         rng: random.Random,
     ) -> None:
         self.name = name
+        self.was_warm = False
         self._config = config
         self._graces = Graces(config.exception_grace_s, config.terminate_grace_s)
         self._pace = Pace()
-        self._backlog = Backlog(self._wake_slots, self._changed, self._stop_in_slots)
+        self._backlog = Backlog(
+            self._wake_slots,
+            self._changed,
+            self._stop_in_slots,
+            hands_back=config.protocol == "stream",
+        )
         self._change = trio.Event()
         self.slots = [
             Slot(
@@ -86,8 +97,16 @@ class Pool:
             )
             for number in range(config.slots)
         ]
-        identity = Identity(uuid.uuid4().hex, name, config.application, config.namespaces)
-        self.links = [
+        self.links: Sequence[BrokerLink] = (
+            self._streams(connect, rng) if config.protocol == "stream" else self._plain_links(call, rng)
+        )
+
+    def _streams(self, connect: Connector, rng: random.Random) -> list[Link]:
+        config = self._config
+        identity = Identity(
+            uuid.uuid4().hex, self.name, config.application, config.namespaces, config.slots, self._tasks
+        )
+        return [
             Link(
                 address,
                 identity,
@@ -97,6 +116,26 @@ class Pool:
                 on_change=self._changed,
                 rng=rng,
             )
+            for address in dict.fromkeys(config.brokers)
+        ]
+
+    def _plain_links(self, call: CallConnector, rng: random.Random) -> list[PullLink] | list[PushLink]:
+        config, backlog, changed = self._config, self._backlog, self._changed
+        if config.protocol == "push":
+            link = PushLink(
+                config.brokers[0],
+                config,
+                backlog,
+                free_slots=self._free_slots,
+                is_ready=self._is_ready,
+                connect=call,
+                on_change=changed,
+                rng=rng,
+            )
+            return [link]
+        turns = Turns(self._free_slots)
+        return [
+            PullLink(address, config, backlog, turns, connect=call, on_change=changed, rng=rng)
             for address in dict.fromkeys(config.brokers)
         ]
 
@@ -117,6 +156,10 @@ class Pool:
             prefetch=self._prefetch(),
         )
 
+    def _tasks(self) -> set[TaskName]:
+        """What any slot's child can run. Different ones are there for a moment, while a plugin is renewed."""
+        return {TaskName(*task[:3]) for slot in self.slots for task in slot.tasks}
+
     # ---- how much work to ask for
 
     def _prefetch(self) -> int:
@@ -131,12 +174,24 @@ class Pool:
         held = self._backlog.jobs_count
         return share(
             link.credit,
-            [other.credit for other in self.links if other is not link and other.state == "working"],
+            [other.credit for other in self._others(link) if other.state == "working"],
             capacity=usable + self._prefetch() if usable else 0,
             held=held,
             idle=max(usable - held, 0),
             now=trio.current_time(),
         )
+
+    def _others(self, link: Link) -> list[Link]:
+        return [other for other in self.links if isinstance(other, Link) and other is not link]
+
+    def _free_slots(self) -> int:
+        """For protocols that take nothing back: nothing is to come that cannot start at once."""
+        if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
+            return 0
+        return max(sum(slot.health == "warm" for slot in self.slots) - self._backlog.jobs_count, 0)
+
+    def _is_ready(self) -> bool:
+        return self.was_warm and any(slot.health == "warm" for slot in self.slots)
 
     # ---- events
 
@@ -163,17 +218,17 @@ class Pool:
         async with trio.open_nursery() as nursery:
             for slot in self.slots:
                 nursery.start_soon(slot.run)
-            warm = False
             async with trio.open_nursery() as watching:
                 # Stopping is possible while children do not start.
                 watching.start_soon(_cancel_when, stop, watching.cancel_scope)
                 await self._until_warm()
-                warm = True
+                self.was_warm = True
+                self._changed()
                 task_status.started(self)
                 for link in self.links:
                     nursery.start_soon(link.run)
                 await self._hand_back_late()
-            if not warm:
+            if not self.was_warm:
                 task_status.started(self)
             await self._drain()
             nursery.cancel_scope.cancel()
@@ -194,6 +249,7 @@ class Pool:
         self._backlog.close()
         for slot in self.slots:
             slot.recall()
+        await self._until_fetched()
         grace_s = self._grace_s(begin)
         log.info("draining", pool=self.name, running=self._backlog.jobs_count, grace_s=round(grace_s, 1))
         with trio.move_on_at(begin + grace_s):
@@ -209,10 +265,16 @@ class Pool:
             while any(link.connected for link in self.links):
                 await self._until_change()
 
+    async def _until_fetched(self) -> None:
+        """Calls under way may bring work, and where it cannot be handed back it must run."""
+        with trio.move_on_after(CALL_WITHIN_S):
+            while self._backlog.reserved:
+                await self._until_change()
+
     def _grace_s(self, now: float) -> float:
         if self._config.drain_grace_s is not None:
             return self._config.drain_grace_s
-        longest_s = max((slot.remaining_s(now) for slot in self.slots), default=0.0)
+        longest_s = max((self._backlog.longest_s, *(slot.remaining_s(now) for slot in self.slots)))
         return longest_s + self._graces.total_s + TIMEOUT_MARGIN_S if longest_s else 0.0
 
     def _report_who_was_left(self) -> None:
@@ -232,28 +294,39 @@ async def run_pool(
     task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     spawner: Spawner | None = None,
     connect: Connector | None = None,
+    call: CallConnector | None = None,
+    listen: Listen | None = None,
     rng: random.Random | None = None,
 ) -> None:
     """Run one pool until `stop` is set and it has drained; started with its `Pool` once children are warm.
 
     Cancelling ends it at once: children are killed, and the leases of what they ran end at the
-    brokers. `spawner` and `connect` are for tests; without, real processes and gRPC (inside
-    `aio.open_loop()`). Raises StartupError when a file of the pool's TLS cannot be used.
+    brokers. `spawner`, `connect` (streams), `call` (pull and push) and `listen` (push) are for tests;
+    without, real processes and gRPC (inside `aio.open_loop()`). Raises StartupError when a file of the
+    pool's TLS cannot be used, or its port.
     """
+    access = pool_access(config)
     pool = Pool(
         config,
         name,
         spawner=spawner or ProcessSpawner(),
-        connect=connect or partial(open_work_stream, access=pool_access(config)),
+        connect=connect or partial(open_work_stream, access=access),
+        call=call or partial(open_client, access=access),
         rng=rng or random.Random(),
     )
-    await pool.run(stop, task_status)
+    log.info("pool starts", pool=name, protocol=config.protocol, purpose=PURPOSES[config.protocol])
+    async with AsyncExitStack() as around:
+        for link in pool.links:
+            if isinstance(link, PushLink):
+                # Before the children are warm, so that who asks learns that they are not yet.
+                await around.enter_async_context((listen or listener(config))(link.services))
+        await pool.run(stop, task_status)
 
 
 @asynccontextmanager
 async def open_work_stream(address: str, access: Access) -> AsyncIterator[ClientStream]:
     """The stream of work from the broker at `address`. Raises PeerError."""
-    async with connect(address, access) as client, client.stream(WORK_PATH) as stream:
+    async with open_client(address, access) as client, client.stream(WORK_PATH) as stream:
         yield stream
 
 
