@@ -6,11 +6,13 @@ neither Trio nor gRPC nor Kafka.
 
 from __future__ import annotations
 
+from taskd.activation.backoff import Backoff, RetryRule
 from taskd.activation.retry import (
     LastAction,
     NoRetriesRemainingError,
     ProcessingDeadlineExceeded,
     Retry,
+    RetryAfter,
     RetryTaskError,
     TaskCancelled,
 )
@@ -21,11 +23,14 @@ from taskd.tasks.namespace import TaskNamespace, instrumented_task
 from taskd.tasks.task import Task
 
 __all__ = [
+    "Backoff",
     "CurrentTask",
     "LastAction",
     "NoRetriesRemainingError",
     "ProcessingDeadlineExceeded",
     "Retry",
+    "RetryAfter",
+    "RetryRule",
     "RetryTaskError",
     "Task",
     "TaskCancelled",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, Unpack
 
+from taskd.activation.durations import Duration, optional_seconds, seconds
 from taskd.activation.retry import Retry
 from taskd.tasks import registry
-from taskd.tasks.durations import Duration, optional_seconds, seconds
 from taskd.tasks.task import Task, TaskOptions
 
 P = ParamSpec("P")

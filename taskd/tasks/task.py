@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypedDict, TypeVar
 
+from taskd.activation.durations import Duration, optional_seconds, seconds
 from taskd.activation.retry import LastAction, Retry
-from taskd.tasks.durations import Duration, optional_seconds, seconds
 from taskd.tasks.outbox import Call, current_outbox
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Task(Generic[P, R]):
             max_attempts=max_attempts,
             dead_letter=policy is not None and policy.times_exceeded is LastAction.Deadletter,
             at_most_once=self.at_most_once,
-            delay_on_retry_s=None if policy is None else policy.delay,
+            delay_on_retry_s=None if policy is None else policy.delay_s,
             compression_type=self.compression_type,
         )
 

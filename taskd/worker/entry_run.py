@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import random
 import signal
 import sys
 import traceback
@@ -44,6 +45,8 @@ _STATUS = {
 _OURS = ("__main__", "taskd.worker.entry", "taskd.worker.entry_run", "taskd.tasks.task")
 _ASYNC_ELSEWHERE = "the task is async, and this pool runs none: set its `async_slots`"
 COMPLETE = pipe.Verdict(_STATUS["complete"])
+
+_rng = random.Random()  # for the jitter of retries; a child process is a root
 
 assert internal  # imported to register its tasks
 
@@ -117,7 +120,7 @@ def prepare(activation: bytes, *, is_async: bool = False) -> Run | pipe.Verdict:
     if task.is_async != is_async:
         return failure("wrong_child", _ASYNC_ELSEWHERE if task.is_async else f"{task} is not async")
     policy = None if body.at_most_once else task.retry
-    return Run(task, body, policy, _verdict(decide(policy, body.attempts, TimedOut()), ""))
+    return Run(task, body, policy, _verdict(decide(policy, body.attempts, TimedOut(), _rng), ""))
 
 
 def arguments(run: Run) -> tuple[list[Any], dict[str, Any]] | pipe.Verdict:
@@ -148,7 +151,7 @@ def context(run: Run, fence: int, supervisor: Supervisor) -> CurrentTask:
 
 def raised(run: Run, error: BaseException) -> tuple[pipe.Verdict, bool]:
     """The verdict on what the task raised, and whether the author wants it kept quiet."""
-    decision = decide(run.policy, run.body.attempts, Raised(error))
+    decision = decide(run.policy, run.body.attempts, Raised(error), _rng)
     return _verdict(decision, describe(error)), isinstance(error, run.task.silenced_exceptions)
 
 
