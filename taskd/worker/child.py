@@ -6,6 +6,7 @@ the real thing.
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
@@ -102,7 +103,8 @@ class ProcessSpawner:
     """Starts `python -m PROGRAM`, which is entry.py or does as it does.
 
     `modules`: imported in the child besides the installed plugins, for tasks that are not packaged.
-    `environment`: replaces the worker's own.
+    `environment`: replaces the worker's own. `shares_step`: the program takes one descriptor more, of
+    memory in which it keeps the number of the activation that it is at.
     """
 
     def __init__(
@@ -112,14 +114,16 @@ class ProcessSpawner:
         environment: Mapping[str, str] | None = None,
         ready_within_s: float = 60.0,
         program: str = "taskd.worker.entry",
+        shares_step: bool = False,
     ) -> None:
         self._program = program
+        self._shares_step = shares_step
         self._modules = tuple(modules)
         self._environment = environment
         self._ready_within_s = ready_within_s
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[Child]:
+    async def open(self) -> AsyncIterator[ProcessChild]:
         child = self._start()
         try:
             try:
@@ -154,7 +158,11 @@ class ProcessSpawner:
                 fds += os.pipe()
             work_read, work_write, token_read, token_write, report_read, report_write = fds[:6]
             order_read, order_write = fds[6:]
-            theirs = (work_read, token_read, report_write, order_read)
+            theirs = [work_read, token_read, report_write, order_read]
+            if self._shares_step:
+                fds.append(os.memfd_create("taskd-step"))
+                os.ftruncate(fds[-1], pipe.STEP_BYTES)
+                theirs.append(fds[-1])
             command = [sys.executable, "-P", "-m", self._program]
             command += [str(number) for number in (*theirs, os.getpid())]
             for module in self._modules:
@@ -173,9 +181,12 @@ class ProcessSpawner:
             for fd in fds:
                 os.close(fd)
             raise StartupError(f"cannot start a child process: {error}") from None
-        for fd in (work_read, report_write, order_read):
+        step = mmap.mmap(fds[-1], pipe.STEP_BYTES) if self._shares_step else None
+        for fd in (work_read, report_write, order_read, *fds[8:]):
             os.close(fd)
-        return ProcessChild(process, pidfd, work_write, token_read, token_write, report_read, order_write)
+        return ProcessChild(
+            process, pidfd, work_write, token_read, token_write, report_read, order_write, step
+        )
 
 
 class ProcessChild:
@@ -192,8 +203,10 @@ class ProcessChild:
         token_write: int,
         reports: int,
         orders: int,
+        step: mmap.mmap | None = None,
     ) -> None:
         self.pid = process.pid
+        self._step = step
         self._process = process
         self._work = trio.lowlevel.FdStream(work)
         self._token_read = token_read
@@ -253,6 +266,9 @@ class ProcessChild:
     def has_started(self) -> bool:
         return bool(descendants.of(self.pid))
 
+    def stepping(self) -> int:
+        return 0 if self._step is None else int.from_bytes(self._step[: pipe.STEP_BYTES], sys.byteorder)
+
     def order(self, kind: pipe.OrderKind, number: int) -> None:
         self._write_order(kind, number)
         with suppress(ProcessLookupError):
@@ -285,6 +301,8 @@ class ProcessChild:
         self._either.close()
         for fd in (self._pidfd, self._reports, self._token_read, self._orders):
             os.close(fd)
+        if self._step is not None:
+            self._step.close()  # it has a descriptor of its own
 
     async def _wait(self) -> None:
         if not self._has_ended():

@@ -37,6 +37,7 @@ MAX_MESSAGE_CHARACTERS = 200  # of a heartbeat: it must fit one write that the s
 _LENGTH = struct.Struct(">I")
 _ORDER = struct.Struct(">BQ")
 ORDER_BYTES = _ORDER.size
+STEP_BYTES = 8  # of memory shared with a child that does many things at once: the number of the one it is at
 _READY, _STARTED, _DONE, _EXPIRED, _HEARTBEAT, _BEAT = 1, 2, 3, 4, 5, 6
 
 

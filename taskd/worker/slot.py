@@ -197,7 +197,7 @@ class Slot:
                 self._inside[self._sent] = job
             self._worn |= self._sent >= self._max_tasks_per_child
             self._due.deadline = self._check_at()
-            await child.send([_piece(job, now) for job in jobs])
+            await child.send([piece(job, now) for job in jobs])
         while self._inside:
             self._wake = trio.Event()
             await self._wake.wait()
@@ -351,7 +351,7 @@ class Slot:
         self.ended_count += 1
 
 
-def _piece(job: Job, now: float) -> Piece:
+def piece(job: Job, now: float) -> Piece:
     """The job as its child gets it. Where nobody can be told that it lives, that moves no deadline."""
     most_s = job.account.max_deadline_s if job.account.moves_deadlines else job.deadline_s
     start_within_s = None if job.expires_at is None else job.expires_at - now
