@@ -18,6 +18,7 @@ C = TypeVar("C", bound=Section)
 # A section stands for everything in it.
 BROKER = frozenset(
     {
+        "dispatch.limits",
         "dispatch.max_assignments_per_frame",
         "dispatch.processing_deadline_grace_s",
         "drain_grace_s",

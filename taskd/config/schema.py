@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +17,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from taskd.config.selectors import namespace_of, rate_of, task_of
 
 
 def _not_a_bool(value: object) -> object:
@@ -342,6 +344,58 @@ class IngestSection(Section):
     )
 
 
+def _rate(value: str) -> str:
+    rate_of(value)
+    return value
+
+
+class ConcurrencySection(Section):
+    """A limit of what is handed out at once."""
+
+    concurrency: PositiveInt = Field(description="most activations that workers hold at once")
+
+
+class TaskLimitSection(Section):
+    """Limits of one task."""
+
+    concurrency: PositiveInt | None = Field(
+        default=None, description="most activations that workers hold at once; null: any number"
+    )
+    rate: Annotated[str, AfterValidator(_rate)] | None = Field(
+        default=None, description="most activations handed out in a time, 100/s, 30/m or 5/h; null: any"
+    )
+
+
+class LimitsSection(Section):
+    """Limits of what is handed out, over all workers of this broker."""
+
+    namespaces: dict[str, ConcurrencySection] = Field(
+        default_factory=dict, description="by namespace, or application:namespace"
+    )
+    tasks: dict[str, TaskLimitSection] = Field(
+        default_factory=dict, description="by namespace:task, or application:namespace:task"
+    )
+    pools: dict[str, ConcurrencySection] = Field(
+        default_factory=dict, description="by name of the pool that workers on the stream belong to"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> LimitsSection:
+        if problems := [*self._of(self.namespaces, namespace_of), *self._of(self.tasks, task_of)]:
+            raise ValueError("; ".join(problems))
+        empty = [name for name, limit in self.tasks.items() if limit == TaskLimitSection()]
+        if empty:
+            raise ValueError(f"task {empty[0]!r} needs concurrency or rate, found neither")
+        return self
+
+    def _of(self, keys: Iterable[str], read: Callable[[str], object]) -> Iterator[str]:
+        for key in keys:
+            try:
+                read(key)
+            except ValueError as error:
+                yield str(error)
+
+
 class DispatchSection(Section):
     """How work is handed out."""
 
@@ -363,6 +417,18 @@ class DispatchSection(Section):
     strict_order_namespaces: tuple[str, ...] = Field(
         default=(), description="namespaces that run one activation at a time, in order"
     )
+    limits: LimitsSection = LimitsSection()
+
+    @model_validator(mode="after")
+    def _limits_fit_strict_order(self) -> DispatchSection:
+        for name, limit in self.limits.tasks.items():
+            _, namespace, _ = task_of(name)
+            if namespace in self.strict_order_namespaces and limit.concurrency is not None:
+                raise ValueError(
+                    f"limits.tasks {name!r} must not have a concurrency: {namespace!r} is one of "
+                    "strict_order_namespaces, which run one activation at a time; a rate is possible"
+                )
+        return self
 
 
 class PushTlsSection(Section):

@@ -8,6 +8,7 @@ from contextlib import suppress
 import structlog
 import trio
 
+from taskd.daemon.limiting import LimitReport
 from taskd.errors import LogUnavailable, StoreError
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
@@ -59,11 +60,14 @@ async def watch_loop() -> None:
 
 
 async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -> None:
-    """Refresh depths and lag until cancelled."""
+    """Refresh depths, limits and lag until cancelled."""
+    limits = LimitReport()
     while True:
         metrics.set_store_rows(
             {(d.application, d.namespace, d.status.word): d.count for d in inflight.depths()}
         )
+        with suppress(StoreError):  # a disk in trouble is told by the store itself
+            limits.tell(await inflight.limit_states())
         current = reader()
         if current is not None:
             # A log that is away, or a group that just changes hands, has no lag to tell.
@@ -72,7 +76,7 @@ async def keep_gauges(inflight: Inflight, reader: Callable[[], Reader | None]) -
                 metrics.log_lag_records.clear()  # what moved to another broker is told there
                 for partition, lag in lags.items():
                     metrics.log_lag_records.labels(partition.topic, str(partition.number)).set(lag)
-        with suppress(StoreError):  # a disk in trouble is told by the store itself
+        with suppress(StoreError):
             rows = await inflight.depths_by_partition()
             metrics.partition_rows.clear()
             for (topic, number, status), count in rows.items():

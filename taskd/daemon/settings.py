@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from taskd.config.schema import BrokerConfig
+from taskd.daemon.limiting import limit_rules
 from taskd.inflight.base import Policy
 from taskd.ingest.backpressure import Limits
 from taskd.ingest.raw import RawTask
@@ -38,6 +39,7 @@ def policy(config: BrokerConfig) -> Policy:
         grace_ms=milliseconds(dispatch.processing_deadline_grace_s),
         claim_ms=milliseconds(config.push.timeout_s + config.push.claim_margin_s),
         strict_order_namespaces=frozenset(dispatch.strict_order_namespaces),
+        limits=limit_rules(dispatch.limits),
     )
 
 

@@ -79,6 +79,10 @@ pushes = _counter(
     "taskd_pushes_total", "Calls that pushed an activation, by what came of them", "worker", "result"
 )
 results = _counter("taskd_results_total", "Results taken from workers", "via", "status")
+limit_live = _gauge("taskd_limit_live", "Activations that workers hold, by limit", "kind", "name")
+limit_concurrency = _gauge("taskd_limit_concurrency", "Most of them that the limit allows", "kind", "name")
+limit_rate_per_second = _gauge("taskd_limit_rate_per_second", "The rate that it allows", "kind", "name")
+limit_waiting = _gauge("taskd_limit_waiting", "Activations that wait because of the limit", "kind", "name")
 connected_workers = _gauge("taskd_connected_workers", "Workers with an open stream")
 received_to_stored_seconds = _histogram(
     "taskd_received_to_stored_seconds", "From received_at to the row in the store", _WAIT_S

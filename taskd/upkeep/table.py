@@ -120,6 +120,8 @@ def broker_duties(
         Duty("end_overdue_claims", end_overdue_claims, limit, every_s),
         Duty("end_silent", end_silent, limit, every_s),
         Duty("forget", forget, limit, every_s),
+        Duty("relane", lambda: inflight.relane(limit), limit, every_s, inflight.limits_changed),
+        Duty("bring_tokens", inflight.bring_tokens, 1, inflight.tokens_in_s, inflight.short_of_tokens),
         Duty("vacuum", vacuum, VACUUM_PAGES, lambda: settings().vacuum_interval_s),
         Duty("resume", resume, 1, every_s),
     ]

@@ -56,7 +56,7 @@ def test_hot_statements_use_their_partial_index(empty: apsw.Connection, statemen
 
 @pytest.mark.parametrize(
     "statement",
-    sorted(set(load_queries()) - {"recount", "by_partition", "lanes", "depths", "left", "switches"}),
+    sorted(set(load_queries()) - {"recount", "by_partition", "lanes", "depths", "left", "switches", "pools"}),
 )
 def test_no_statement_scans_or_sorts_the_table(empty: apsw.Connection, statement: str) -> None:
     for step in _plan(empty, statement):
