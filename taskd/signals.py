@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import structlog
 import trio
@@ -20,8 +21,12 @@ log = structlog.get_logger("taskd.signals")
 
 
 @asynccontextmanager
-async def stop_on_signals() -> AsyncIterator[trio.Event]:
+async def stop_on_signals(
+    earlier: Callable[[], Sequence[int]] = tuple,
+) -> AsyncIterator[trio.Event]:
     """Give an event that SIGINT or SIGTERM sets; outermost in a program, in its main thread.
+
+    `earlier`: signals that came before and count as well; asked once they are received here.
 
     * first signal: the event is set. The block drains and ends by itself, so the exit code is its own, 0.
     * second signal: the block is cancelled now, and SystemExit(128 + number) is raised: 130 after
@@ -35,7 +40,10 @@ async def stop_on_signals() -> AsyncIterator[trio.Event]:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
             async with trio.open_nursery() as nursery:
                 block = trio.CancelScope()
-                nursery.start_soon(_obey, received, stop, block, insisted)
+                obedience = _Obedience(stop, block, insisted)
+                for number in earlier():
+                    obedience.obey(number)
+                nursery.start_soon(obedience.run, received)
                 try:
                     with block:
                         yield stop
@@ -59,17 +67,24 @@ def hangups() -> Iterator[AsyncIterator[int]]:
         yield received
 
 
-async def _obey(
-    received: AsyncIterator[int], stop: trio.Event, block: trio.CancelScope, insisted: list[int]
-) -> None:
-    async for number in received:
+@dataclass(slots=True)
+class _Obedience:
+    stop: trio.Event
+    block: trio.CancelScope
+    insisted: list[int]
+
+    async def run(self, received: AsyncIterator[int]) -> None:
+        async for number in received:
+            self.obey(number)
+
+    def obey(self, number: int) -> None:
         name = signal.Signals(number).name
-        if not stop.is_set():
+        if not self.stop.is_set():
             log.info("stopping; a second signal stops now", signal=name)
-            stop.set()
-        elif not insisted:
+            self.stop.set()
+        elif not self.insisted:
             log.warning("stopping now, without draining", signal=name)
-            insisted.append(number)
-            block.cancel()
+            self.insisted.append(number)
+            self.block.cancel()
         else:
             os._exit(128 + number)

@@ -68,8 +68,21 @@ def worker(
         typer.Option(metavar="HOST:PORT", help="A broker to work for; may be repeated.", show_default=False),
     ] = None,
     slots: flags.Slots = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            metavar="stream|pull|push",
+            help="How it gets work; see above. Default: what the pool says, else stream.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a worker: it takes activations from brokers and runs each in a child process.
+
+    With `--protocol stream` it works for brokers of taskd: work comes as fast as it is done, and what was
+    not started can be handed back. `pull` and `push` speak the published taskbroker protocol, for any broker
+    that does: with `pull` the worker asks for task after task, with `push` the broker calls the worker, at
+    `listen` of its pool, and gets the results back.
 
     SIGTERM or Ctrl-C drains it: what was not started is handed back, what runs is finished and reported.
     SIGHUP reads the configuration again: the log level changes at once, the rest needs a restart, and
@@ -78,6 +91,8 @@ def worker(
     ```
     taskd worker --pool default --config /etc/taskd/worker.yaml
     taskd worker --broker 10.0.0.5:50051 --broker 10.0.0.6:50051 --slots 8
+    taskd worker --protocol pull --broker taskbroker:50051
+    TASKD_POOLS__DEFAULT__LISTEN__HOST=10.0.0.7 taskd worker --protocol push --broker taskbroker:50051
     ```
     """
     from functools import partial
@@ -87,7 +102,7 @@ def worker(
 
     # Without the flags first: a flag must not make up the pool that it speaks of.
     pool_of(load_worker_config(config, {}), pool)
-    overrides = {"pools": {pool: {"brokers": broker or None, "slots": slots}}}
+    overrides = {"pools": {pool: {"brokers": broker or None, "slots": slots, "protocol": protocol}}}
     settings = load_worker_config(config, overrides)
     setup_logging(settings.log_level, settings.log_format)
     _warn_of_names(type(settings))
@@ -160,11 +175,14 @@ def _run(root: Callable[..., Awaitable[None]], load: Callable[[], Section] | Non
     """Run until a signal stops it. With `load`, SIGHUP makes it read its configuration again."""
     import trio
 
+    from taskd.cli.early import kept_signals
     from taskd.daemon.reload import Reloads
     from taskd.signals import hangups, stop_on_signals
 
     async def until_stopped() -> None:
-        async with stop_on_signals() as stop:
+        async with stop_on_signals(kept_signals) as stop:
+            if stop.is_set():
+                return  # asked before there was anything to stop
             if load is None:
                 await root(stop=stop)
                 return

@@ -3,7 +3,8 @@
 | what happened | exit code | on stderr |
 |---|---|---|
 | a `TaskdError`, alone or in a group | its `exit_code` | one red sentence |
-| Ctrl-C before a daemon runs | 130 | nothing |
+| Ctrl-C in a command that is no daemon | 130 | nothing |
+| a first signal to a daemon, at whatever moment (see `taskd.cli.early`) | 0 | nothing |
 | a second signal (see `taskd.signals`) | 130, 143 | nothing |
 | anything else: a bug | 70 | the traceback |
 

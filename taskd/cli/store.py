@@ -192,6 +192,7 @@ def evacuate(
     """
     import trio
 
+    from taskd.cli.early import kept_signals
     from taskd.errors import TaskdError
     from taskd.signals import stop_on_signals
     from taskd.telemetry.logs import setup_logging
@@ -204,7 +205,7 @@ def evacuate(
     left: list[Left] = []
 
     async def run() -> None:
-        async with stop_on_signals() as stop:
+        async with stop_on_signals(kept_signals) as stop:
             grace_s = settings.drain_grace_s if grace is None else grace
             left.extend(await evacuate(settings, grace_s=grace_s, stop=stop))
 

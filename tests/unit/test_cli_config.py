@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from taskd.cli.main import app
+from taskd.cli.app import app
 from taskd.config.editor_schema import json_schema
 from taskd.config.loader import load_broker_config, load_worker_config, misspelt_names
 from taskd.config.redaction import HIDDEN

@@ -13,7 +13,7 @@ import structlog
 import typer
 from typer.testing import CliRunner
 
-from taskd.cli.main import app
+from taskd.cli.app import app
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb"}
 
@@ -116,7 +116,7 @@ def test_what_could_not_be_sent_is_told():
 @pytest.mark.process
 def test_help_loads_nothing_heavy():
     program = (
-        "import sys; from taskd.cli.main import app\n"
+        "import sys; from taskd.cli.app import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('trio', 'grpclib', 'aiokafka', 'pydantic', 'apsw', 'betterproto2') "
         "if m in sys.modules], file=sys.stderr)"

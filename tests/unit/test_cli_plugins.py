@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from taskd.cli.main import app
+from taskd.cli.app import app
 from taskd.tasks import registry
 
 

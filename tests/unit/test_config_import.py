@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from taskd.cli.main import app
+from taskd.cli.app import app
 from taskd.config.loader import load_broker_config
 from taskd.config.taskbroker import import_config
 from taskd.config.taskbroker.keys import CARRIED, reason_for_dropping
