@@ -19,7 +19,7 @@ from taskd.inflight.cancelling import Effect
 from taskd.log.base import Outgoing, Position
 from taskd.rpc.base import Unary
 from taskd.telemetry import metrics
-from taskd.wire import consumer
+from taskd.wire import consumer, frames
 from taskd.wire.envelope import MAX_ID_BYTES
 from taskd.wire.generated.taskd import v1
 
@@ -115,6 +115,58 @@ async def test_a_worker_on_the_stream_is_to_be_told(scene: Scene, autojump_clock
     assert await broker.inflight.hand_back([lease.ref]) == [Verdict.UNKNOWN]
     assert await scene.ends("a") == [CANCELLED]
     await scene.nothing_follows()
+
+
+class Worker:
+    """A worker's stream in memory, from the broker's side."""
+
+    def __init__(self) -> None:
+        self.heard: list[frames.BrokerFrame] = []
+        self._in, self._out = trio.open_memory_channel[bytes](100)
+
+    async def say(self, *said: frames.WorkerFrame) -> None:
+        for frame in said:
+            await self._in.send(frames.encode_worker_frame(frame))
+
+    async def receive(self) -> bytes | None:
+        return await self._out.receive()
+
+    async def send(self, body: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self.heard.append(frames.decode_broker_frame(body))
+
+    @property
+    def stops(self) -> list[frames.Stop]:
+        return [frame for frame in self.heard if isinstance(frame, frames.Stop)]
+
+
+async def test_a_worker_hears_it_at_once_or_when_it_comes_back(broker: Any, autojump_clock: Any) -> None:
+    scene = Scene(broker)
+    scene.orders = CancelOrders(broker.inflight, broker.stream.stop_leases)
+    await broker.produce(broker.activation("a"), broker.activation("b"))
+    worker, again = Worker(), Worker()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(broker.stream.work, worker)
+        await worker.say(frames.Hello("w1", "default"), frames.Credit(1, 2))
+        await broker.settle()
+        held = tuple(
+            item.lease for f in worker.heard if isinstance(f, frames.Assignments) for item in f.assignments
+        )
+        before = trio.current_time()
+        assert await scene.cancel_one("a") == ("stopping", "processing", "")
+        await broker.settle()
+        assert worker.stops == [frames.Stop(held[:1], frames.StopReason.CANCELLED)]
+        assert trio.current_time() == before, "at once"
+        nursery.cancel_scope.cancel()
+    assert await scene.cancel_one("b") == ("stopping", "processing", "")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(broker.stream.work, again)
+        store_id = broker.inflight.store_id
+        await again.say(frames.Hello("w1", "default", store_id=store_id, holding=held[1:]))
+        await broker.settle()
+        assert again.stops == [frames.Stop(held[1:], frames.StopReason.LOST)]
+        nursery.cancel_scope.cancel()
+    assert await scene.ends("a", "b") == [CANCELLED] * 2
 
 
 async def test_a_worker_that_cannot_be_told_is_not_heard_any_more(scene: Scene, autojump_clock: Any) -> None:
