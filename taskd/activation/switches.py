@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+MAX_DEPTH = 100  # of lists and maps inside each other; producers send no deeper ones
 GATES_KEPT = 10_000  # producers may make up lanes without end
 
 Arguments = tuple[Sequence[object], Mapping[str, object]]
@@ -58,6 +59,33 @@ def same(one: object, other: object) -> bool:
             types.get(key) is type(key) and same(value, other[key]) for key, value in one.items()
         )
     return one == other
+
+
+def unusable(value: object, depth: int = MAX_DEPTH) -> str:
+    """Why no argument can have this value; empty when one can."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return ""
+    if isinstance(value, str):
+        return "" if _is_text(value) else "expected text, found half of a surrogate pair"
+    if depth == 0:
+        return f"nested more than {MAX_DEPTH} deep"
+    if isinstance(value, list):
+        return next(filter(None, (unusable(item, depth - 1) for item in value)), "")
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            return "expected text as keys of a map"
+        inside = (*value, *value.values())
+        return next(filter(None, (unusable(item, depth - 1) for item in inside)), "")
+    kind = type(value).__name__
+    return f"expected null, true, false, a number, text, a list or a map; found a {kind}; quote it?"
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

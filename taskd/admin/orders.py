@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import betterproto2
 
-from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource
+from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource, unusable
 from taskd.clock import Clock
 from taskd.errors import Refused
 from taskd.inflight.writer import Inflight
@@ -183,9 +183,12 @@ def _condition(condition: v1.ArgumentCondition) -> Condition:
             "INVALID_ARGUMENT", "a condition has a position or a name, and a value of moderate size"
         )
     try:
-        return Condition(place, json.loads(condition.value_json))
+        value = json.loads(condition.value_json)
     except (ValueError, RecursionError):
         raise Refused("INVALID_ARGUMENT", f"the value of argument {place} is not JSON") from None
+    if problem := unusable(value):
+        raise Refused("INVALID_ARGUMENT", f"the value of argument {place}: {problem}")
+    return Condition(place, value)
 
 
 def _kind(kind: v1.SwitchKind) -> SwitchKind:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource
+from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource, unusable
 from taskd.errors import ConfigError
 
 DEMOTED_TOPIC = "taskworker-long"
@@ -164,7 +164,7 @@ class _Reading:
             return
         for place, wanted in value.items():
             at = f"{where}.{key}.{place}"
-            problem = _unusable(wanted)
+            problem = unusable(wanted)
             if problem:
                 self.problems.append(f"`{at}`: {problem}")
             elif key == "select_kwarg":
@@ -199,19 +199,6 @@ def _position(place: object) -> int | None:
     if isinstance(place, int) and not isinstance(place, bool) and place >= 0:
         return place
     return None
-
-
-def _unusable(value: object) -> str:
-    """Why no argument can have this value; empty when one can."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return ""
-    if isinstance(value, list):
-        return next(filter(None, map(_unusable, value)), "")
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            return "expected text as keys of a map"
-        return next(filter(None, map(_unusable, value.values())), "")
-    return f"expected null, true, false, a number, text, a list or a map; found {_kind(value)}; quote it?"
 
 
 def _kind(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import msgpack
@@ -12,7 +12,7 @@ import structlog.testing
 import trio
 
 from taskd.activation.lifecycle import Status
-from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource
+from taskd.activation.switches import MAX_DEPTH, Condition, Switch, SwitchKind, SwitchSource
 from taskd.admin.operate import Operator
 from taskd.admin.orders import Orders
 from taskd.errors import LogUnavailable, Refused
@@ -151,6 +151,32 @@ async def test_an_order_that_makes_no_sense_is_refused(
     with pytest.raises(Refused, match=why):
         await operator.pause(what, "why", "ann", None)
     assert broker.inflight.board.switches == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [("half \ud800", "half of a surrogate pair"), (["a", {"half \ud800": 1}], "half of a surrogate pair")],
+)
+async def test_a_value_that_cannot_be_stored_is_refused(
+    broker: Any, operator: Operator, autojump_clock: Any, value: Any, why: str
+) -> None:
+    with pytest.raises(Refused, match=why):
+        await operator.kill(
+            Switch(KILL, taskname="send", conditions=(Condition(0, value),)), "why", "ann", None
+        )
+    assert broker.inflight.board.switches == ()
+
+
+async def test_a_value_that_is_too_deep_to_be_compared_is_refused(
+    broker: Any, operator: Operator, autojump_clock: Any
+) -> None:
+    deepest: list[Any] = []
+    for _ in range(MAX_DEPTH - 1):
+        deepest = [deepest]
+    for value, outcome in ((deepest, nullcontext()), ([deepest], pytest.raises(Refused, match="100 deep"))):
+        with outcome:
+            condition = Condition(0, value)
+            await operator.kill(Switch(KILL, taskname="send", conditions=(condition,)), "why", "ann", None)
 
 
 async def test_every_order_needs_a_reason_an_author_and_a_time_to_come(
