@@ -324,6 +324,9 @@ class Leases:
         elif report.status is ReportStatus.FAILURE:
             reason = reason or "failed"
             self._departures.fail(row, lane, before, Event.FAILED, leased.dead_letter, now, reason, error)
+        elif leased.at_most_once:  # a retry is a second run; workers of ours ask for none
+            why = (now, "at_most_once", error)
+            self._departures.fail(row, lane, before, Event.FAILED, leased.dead_letter, *why)
         elif self._retries_without_end(row, report):
             self._departures.fail(row, lane, before, Event.FAILED, True, now, "max_attempts", error)
         else:
