@@ -61,6 +61,11 @@ class Backlog:
         return self.reserved + sum(len(account.jobs) for account in self.accounts.values())
 
     @property
+    def running(self) -> list[str]:
+        """The ids of what runs."""
+        return [lease.id for account in self.accounts.values() for lease in account.running]
+
+    @property
     def untaken_count(self) -> int:
         return sum(len(account.untaken) for account in self.accounts.values())
 
@@ -135,14 +140,32 @@ class Backlog:
         if len(waiting) < len(stopped):
             self._on_stop()
 
+    def break_off(self, why: str) -> None:
+        """Stop everything that is in a child; the store is told `why`, and hands it out again."""
+        for queue in self._queues:
+            queue.clear()  # there is something only where the protocol takes nothing back
+        for account in self.accounts.values():
+            for job in account.jobs.values():
+                if not job.stopped:
+                    job.stopped, job.broken_off = True, why
+        self._on_stop()
+
+    def lapse(self, account: Account) -> None:
+        """Nobody knows whether its leases are still this worker's: what waits is not begun here any more."""
+        for queue in self._queues:
+            for job in [job for job in queue if job.account is account]:
+                queue.remove(job)
+                account.hand_back(job)
+        self._on_news()
+
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Jobs a child did not start go before all others: they came first."""
-        stopped = [job for job in jobs if job.stopped]
+        stopped = [job for job in jobs if job.stopped and not job.broken_off]
         for job in stopped:
             job.account.forget(job)
         if stopped:
             self._on_news()  # there is room for other work
-        jobs = [job for job in jobs if not job.stopped]
+        jobs = [job for job in jobs if job not in stopped]
         if self._gives_back:
             for job in jobs:
                 job.account.hand_back(job)

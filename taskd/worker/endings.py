@@ -13,8 +13,13 @@ log = structlog.get_logger("taskd.worker")
 
 
 def end(job: Job, verdict: pipe.Verdict, *, quiet: bool = False) -> None:
-    """Owe the store this outcome. Nothing of a job that was stopped: nobody waits for it any more."""
-    if job.stopped:
+    """Owe the store this outcome. Nothing of a job that was stopped: nobody waits for it any more.
+
+    One that was broken off runs again, unless it completed all the same.
+    """
+    if job.broken_off and verdict.status != ResultStatus.COMPLETE:
+        verdict, quiet = pipe.Verdict(ResultStatus.INTERRUPTED, "drained", job.broken_off), False
+    elif job.stopped and not job.broken_off:
         job.account.forget(job)
         metrics.worker_tasks.labels("stopped").inc()
         return

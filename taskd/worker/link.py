@@ -188,6 +188,8 @@ class Link:
         self.account = self._backlog.account(welcome.store_id)
         self.account.connection_lost()  # tell everything anew: nobody knows what arrived before
         self._sent_at = trio.current_time()
+        if self._sent_at > self.account.lease_until:
+            self._backlog.lapse(self.account)
         self.account.lease_until = self._sent_at + self._lease_s
         self.account.max_deadline_s = welcome.max_deadline_ms / 1000 or None
         self.state, self.credit = "working", StreamCredit()
@@ -197,6 +199,7 @@ class Link:
 
     async def _receive(self, stream: ClientStream, account: Account) -> None:
         while (body := await stream.receive()) is not None:
+            self._check_lease(account)
             match decode_broker_frame(body):
                 case Assignments(assignments, credit):
                     now = trio.current_time()
@@ -218,6 +221,7 @@ class Link:
     async def _send_news(self, stream: ClientStream, account: Account) -> None:
         """Send what there is at once, and a heartbeat every quarter of a lease without."""
         while True:
+            self._check_lease(account)
             self._wake = trio.Event()
             frames = self._frames(account)
             if self._closing and not frames:
@@ -239,13 +243,26 @@ class Link:
             frames.append(self.credit.offer(offer.more, offer.idle))
         return frames
 
+    def _check_lease(self, account: Account) -> None:
+        """End a connection on which this worker was silent for a whole lease, such as when it was frozen.
+
+        What waits on it to be read is as old, and a sign of life now would make old leases look alive.
+        """
+        now = trio.current_time()
+        if now > account.lease_until:
+            raise PeerTimeout(
+                f"this worker said nothing for {now - self._sent_at:.1f} s, and a lease ends after "
+                f"{self._lease_s:g} s: connecting anew"
+            )
+
     async def _send(self, stream: ClientStream, account: Account, frame: WorkerFrame) -> None:
+        began_at = trio.current_time()
         with trio.move_on_after(SEND_WITHIN_S) as sending:
             await stream.send(encode_worker_frame(frame))
         if sending.cancelled_caught:
             raise PeerTimeout(f"{self.address} took no frame for {SEND_WITHIN_S:g} s")
-        self._sent_at = trio.current_time()
-        account.lease_until = self._sent_at + self._lease_s
+        self._sent_at = began_at  # the broker may have had it ever since
+        account.lease_until = began_at + self._lease_s
 
 
 def _reasons(error: BaseException) -> str:

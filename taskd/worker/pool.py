@@ -34,6 +34,7 @@ log = structlog.get_logger("taskd.worker")
 WORK_PATH = "/taskd.v1.DispatchService/Work"
 DELIVERY_GRACE_S = 5.0  # for results, when running tasks have used up the grace
 GOODBYE_WITHIN_S = 2.0
+KILL_WITHIN_S = 2.0  # for the end of processes that were killed
 TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is ended, and reported within the grace
 LATE_ROUND_S = 0.5
 MAX_UNTAKEN = 10_000  # a broker that takes no results gives no work
@@ -255,6 +256,8 @@ class Pool:
         with trio.move_on_at(begin + grace_s):
             while self._backlog.jobs_count:
                 await self._until_change()
+        if self._backlog.jobs_count:
+            await self._break_off(f"it still ran {grace_s:g} s after its worker was told to stop")
         with trio.move_on_at(max(begin + grace_s, trio.current_time() + DELIVERY_GRACE_S)):
             while not self._backlog.settled and any(link.account for link in self.links):
                 await self._until_change()
@@ -263,6 +266,15 @@ class Pool:
             link.close()
         with trio.move_on_after(GOODBYE_WITHIN_S):
             while any(link.connected for link in self.links):
+                await self._until_change()
+
+    async def _break_off(self, why: str) -> None:
+        """End what still runs, so that others may have it at once and not when its lease is over."""
+        running = self._backlog.running
+        log.warning("the grace is over, ending what still runs", pool=self.name, running=running)
+        self._backlog.break_off(why)
+        with trio.move_on_after(self._graces.total_s + KILL_WITHIN_S):
+            while self._backlog.running:
                 await self._until_change()
 
     async def _until_fetched(self) -> None:

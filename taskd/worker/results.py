@@ -38,7 +38,8 @@ class Job:
     deadline_s: float
     expires_at: float | None
     waiting_since: float
-    stopped: bool = False  # by an operator's order: not to be started, not to be reported
+    stopped: bool = False  # it must end, and is not to be started; nor reported, unless it says
+    broken_off: str = ""  # ... why it was stopped through no fault of its own: then it is to run again
     is_async: bool = False
 
 

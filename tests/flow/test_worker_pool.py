@@ -750,17 +750,71 @@ async def test_stop_hands_back_finishes_reports_and_leaves(autojump_clock: MockC
         assert {result.status for result in broker.results} == {ResultStatus.COMPLETE}
 
 
-async def test_stop_kills_what_outlives_the_grace_and_says_nothing_of_it(autojump_clock: MockClock) -> None:
-    async with running(slots=1, drain_grace_s=2) as it:
+@pytest.mark.parametrize("how", ["", "swallows", "stubborn"])
+async def test_stop_ends_what_outlives_the_grace_and_reports_it(autojump_clock: MockClock, how: str) -> None:
+    async with running(slots=2, drain_grace_s=2) as it:
         broker = await it.network.accept()
-        broker.tell(work("a", task="9"))
-        await broker.until(lambda: bool(broker.started))
+        broker.tell(work("a", task=f"9 {how}", deadline_s=60), work("b", task="1.5"))
+        await broker.until(lambda: len(broker.started) == 2)
         begin = trio.current_time()
         it.stop.set()
+        await broker.until(lambda: len(broker.results) == 2)
+        assert 2 <= trio.current_time() - begin <= 5, "the grace, and what the ladder takes"
+        by_id = {result.id: result for result in broker.results}
+        assert by_id["b"].status is ResultStatus.COMPLETE
+        assert (by_id["a"].status, by_id["a"].reason) == (ResultStatus.INTERRUPTED, "drained")
+        assert "2 s" in by_id["a"].error
+        broker.take_all()
         await it.ended.wait()
-        assert 2 <= trio.current_time() - begin <= 10
-        assert not broker.results
-        assert it.spawner.children[0].killed
+        assert broker.finished
+
+
+async def test_what_ends_while_it_is_broken_off_counts_as_it_ended(autojump_clock: MockClock) -> None:
+    async with running(slots=1, drain_grace_s=2) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="2.5 swallows", deadline_s=60))
+        await broker.until(lambda: bool(broker.started))
+        it.stop.set()
+        await broker.until(lambda: bool(broker.results))
+        assert broker.results[0].status is ResultStatus.COMPLETE
+        broker.take_all()
+        await it.ended.wait()
+
+
+async def test_a_worker_that_was_frozen_for_longer_than_its_lease_starts_nothing_of_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept(lease_ms=400)
+        broker.tell(work("a", task="1.5"), work("b"))
+        await broker.until(lambda: bool(broker.started))
+        broker.tell(work("c"))  # on the way when the worker freezes
+        autojump_clock.jump(1)
+        again = await it.network.accept(lease_ms=30_000)
+        assert broker.ended, "whatever else came on that stream is as old"
+        assert {lease.id for lease in again.hello.holding} == {"a", "b"}
+        await again.until(lambda: bool(again.results and again.back))
+        assert [lease.id for lease in again.back] == ["b"]
+        assert [result.id for result in again.results] == ["a"], "the broker judges it by its fence"
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.spawner.started == [b"1.5"]
+
+
+async def test_a_lease_that_ended_with_the_connection_is_not_begun_after_the_next_welcome(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept(lease_ms=400)
+        broker.tell(work("a", task="1.5"), work("b"))
+        await broker.until(lambda: bool(broker.started))
+        it.network.refuses.add("b:1")
+        broker.cut()
+        await trio.sleep(0.7)
+        it.network.refuses.clear()
+        again = await it.network.accept(lease_ms=30_000)
+        await again.until(lambda: bool(again.results and again.back))
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.spawner.started == [b"1.5"]
 
 
 async def test_stop_gives_tasks_their_deadline_and_reports_the_timeout(autojump_clock: MockClock) -> None:
