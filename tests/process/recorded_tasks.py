@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from taskd import LastAction, Retry, RetryTaskError, TaskNamespace, current_task
+from taskd import LastAction, Retry, RetryTaskError, TaskNamespace, current_task, heartbeat
 
 RECORD = "TASKD_TEST_RECORD"  # the file, in the environment of the worker
 
@@ -40,6 +40,17 @@ def noop(key: str) -> None:
 def nap(key: str, seconds: float) -> None:
     record("START", key)
     time.sleep(seconds)
+    record("END", key)
+
+
+@recorded.register("lively", processing_deadline_duration=1)
+def lively(key: str, seconds: float) -> None:
+    """Says all the while that it lives, for longer than its deadline if that is less."""
+    record("START", key)
+    begin = time.monotonic()
+    while (spent := time.monotonic() - begin) < seconds:
+        heartbeat(progress=spent / seconds, message=f"of {seconds:g} s")
+        time.sleep(0.001)
     record("END", key)
 
 
