@@ -82,6 +82,8 @@ def test_a_flag_does_not_make_up_its_pool(tmp_path):
     ("arguments", "code", "said"),
     [
         (("worker", "--broker", "nowhere"), 78, "expected HOST:PORT, such as 127.0.0.1:50051"),
+        (("worker", "--protocol", "poll"), 78, "expected 'stream', 'pull' or 'push', found 'poll'"),
+        (("worker", "--protocol", "push", "--broker", "a:1", "--broker", "b:1"), 78, "brokers must be one"),
         (("status", "x", "--broker", "nowhere"), 78, "expected HOST:PORT, such as 127.0.0.1:50051"),
         (("broker", "--config", "/nonexistent.yaml"), 78, "/nonexistent.yaml: no such file"),
         (("broker", "--rpc-port", "70000"), 2, "less than or equal to 65535"),
