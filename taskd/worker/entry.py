@@ -2,15 +2,15 @@
 
 Started as `python -m taskd.worker.entry WORK TOKENS REPORTS ORDERS PARENT`: four inherited descriptors
 and the worker's process id. It imports no Trio, gRPC or Kafka, so it starts quickly and a task can start
-any event loop of its own. Standard output and error are the worker's; nothing a task prints gets
+any event loop of its own. Standard output and error lead to the worker's log; nothing a task prints gets
 into the protocol.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
+import resource
 import select
 import sys
 import threading
@@ -20,11 +20,17 @@ from types import CoroutineType
 
 import taskd.worker.entry_pipe as pipe
 from taskd.tasks.current import running
-from taskd.worker import entry_run
+from taskd.worker import entry_output, entry_run
 from taskd.worker.entry_run import EXIT_PIPES_BROKEN
 from taskd.worker.entry_watch import Watch
 
 READ_BYTES = 65_536
+
+
+class Serving:
+    """`number`: of the newest piece of work."""
+
+    number = 0
 
 
 class Pipes:
@@ -93,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m taskd.worker.entry", description=__doc__)
     for name in ("work", "tokens", "reports", "orders", "parent"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--memory-limit", type=int, default=0, help="bytes of data; 0: no limit")
     parser.add_argument("--tasks", action="append", default=[], help="a module that registers tasks")
     arguments = parser.parse_args(argv)
     entry_run.bind_to_parent(arguments.parent)
@@ -100,25 +107,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     watch = Watch(pipes.orders, pipes.say)
     watch.install()
     entry_run.guard_forks(pipes.close, watch.forget)
-    # What tasks log must be seen; a plugin that wants it otherwise configures logging when imported.
-    logging.basicConfig(level=logging.INFO, format=entry_run.LOG_FORMAT)
+    serving = Serving()
+    entry_output.install(lambda: serving.number)
+    if arguments.memory_limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory_limit, arguments.memory_limit))
     try:
         pipes.report(entry_run.load_tasks(arguments.tasks))
         pipes.flush()
-        _serve(pipes, watch)
+        _serve(pipes, watch, serving)
     except OSError as error:
         print(f"taskd: the pipes to the worker are broken: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_PIPES_BROKEN)
 
 
-def _serve(pipes: Pipes, watch: Watch) -> None:
+def _serve(pipes: Pipes, watch: Watch, serving: Serving) -> None:
     pid = os.getpid()
-    number = 0
     while token := pipes.token():
-        number += 1
+        serving.number += 1
         frame = pipes.frame()
         if token == pipe.TOKEN_RUN:
-            _run(pipes, watch, number, pipe.decode_work(frame))
+            _run(pipes, watch, serving.number, pipe.decode_work(frame))
             if os.getpid() != pid:
                 os._exit(0)  # a task forked, and this copy of it returned here
             watch.mend()

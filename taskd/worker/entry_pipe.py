@@ -34,6 +34,11 @@ MAX_REPORT_BYTES = 8 * 1024 * 1024  # the longest is the list of task names
 MAX_ERROR_CHARACTERS = 4_000
 MAX_MESSAGE_CHARACTERS = 200  # of a heartbeat: it must fit one write that the system does not divide
 
+# In what a child prints. Each ends what came before it.
+NUMBER_MARK = b"\x1e"  # then the number of the task that prints from here on, and the end of the line
+LOG_MARK = b"\x1f"  # a line of logging: the level as a number, a space, the logger, this mark, the text
+LINE_BREAK = b"\x1d"  # a line break inside such a text
+
 _LENGTH = struct.Struct(">I")
 _ORDER = struct.Struct(">BQ")
 ORDER_BYTES = _ORDER.size

@@ -19,12 +19,13 @@ from taskd.rpc.base import ClientStream
 from taskd.rpc.client import connect as open_client
 from taskd.wire.frames import TaskName
 from taskd.worker.backlog import Backlog
-from taskd.worker.child import ProcessSpawner, Spawner
+from taskd.worker.child import Spawner
 from taskd.worker.credit import Offer, share
 from taskd.worker.ladder import Graces
 from taskd.worker.link import Connector, Identity, Link
 from taskd.worker.pace import Pace
 from taskd.worker.plain import CALL_WITHIN_S, PURPOSES, BrokerLink, CallConnector
+from taskd.worker.process import ProcessSpawner
 from taskd.worker.pull import PullLink, Turns
 from taskd.worker.push import Listen, PushLink, listener
 from taskd.worker.slot import Slot

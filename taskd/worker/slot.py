@@ -151,6 +151,11 @@ class Slot:
         longest_s = min(BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), BACKOFF_MOST_S)
         return self._rng.uniform(longest_s / 2, longest_s)
 
+    def _whose(self, number: int) -> str | None:
+        """Who printed, given the newest task that is known to have printed."""
+        job = self._inside.get(max(number, self._running or 0))
+        return None if job is None else job.lease.id
+
     def _announce_ready(self, child: Child) -> None:
         self.tasks = child.ready.tasks
         if self.health == "starting" and self.number == 0:
@@ -167,6 +172,7 @@ class Slot:
         """Work with this child until it ends. False: it ended by itself and before it did anything."""
         self._reset()
         self._child, self._since = child, trio.current_time()
+        child.whose = self._whose
         ended_before = self.ended_count
         try:
             async with trio.open_nursery() as nursery:

@@ -18,6 +18,7 @@ from taskd.errors import PeerUnavailable, StartupError
 from taskd.wire import frames
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
 from taskd.worker.child import Child, ChildGone, Piece
+from taskd.worker.output import nobody
 from taskd.worker.pool import Pool, run_pool
 
 COMPLETE = pipe.Verdict(int(ResultStatus.COMPLETE))
@@ -39,6 +40,8 @@ class ScriptedChild:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.rss_bytes = 0
+        self.whose = nobody
         self.killed = False
         self.stubborn, self.listens = False, True
         self.started: list[bytes] = []
@@ -84,6 +87,9 @@ class ScriptedChild:
     def dismiss(self) -> None:
         self._dismissed = True
         self._arrived.set()
+
+    def look(self) -> None:
+        pass
 
     def has_started(self) -> bool:
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 import taskd.worker.entry_pipe as pipe
 from taskd.config.schema import PoolSection
@@ -22,8 +23,10 @@ from taskd.wire import frames
 from taskd.wire.frames import Assignment, Result, ResultStatus
 from taskd.wire.parameters import encode
 from taskd.wire.protobuf import bytes_field, text_field, varint_field
-from taskd.worker.child import Piece, ProcessSpawner
+from taskd.worker.child import Piece
+from taskd.worker.output import MAX_LINE_BYTES
 from taskd.worker.pool import Pool, run_pool
+from taskd.worker.process import ProcessSpawner
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -218,13 +221,25 @@ async def test_errors_that_end_programs_end_only_the_task() -> None:
         assert pool.statistics().crashes == 0
 
 
-async def test_prints_do_not_get_into_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
-    async with open_pool() as (broker, pool):
-        results = await broker.run(call("a", "prints"), call("b", "noop"))
-        assert [result.status for result in results] == [COMPLETE, COMPLETE]
-        assert pool.statistics().crashes == 0
-    captured = capfd.readouterr()
-    assert "x" * 200_000 in captured.out
+async def test_prints_get_into_the_log_and_not_into_the_protocol() -> None:
+    with capture_logs() as logs:
+        async with open_pool() as (broker, pool):
+            results = await broker.run(call("a", "prints"), call("b", "noop"), call("c", "logs"))
+            assert [result.status for result in results] == [COMPLETE, COMPLETE, COMPLETE]
+            assert pool.statistics().crashes == 0
+    printed = [line for line in logs if line["event"] == "task output"]
+    assert {line["id"] for line in printed} == {"a", "c"}
+    by_stream = {
+        line.get("stream"): (line["id"], line["log_level"], line["text"])
+        for line in reversed(printed)
+        if line["id"] == "a"
+    }
+    assert by_stream["stdout"] == ("a", "info", "x" * MAX_LINE_BYTES)
+    assert by_stream["stderr"] == ("a", "warning", "y")
+    (record,) = [line for line in printed if line["id"] == "c"]
+    assert (record["source"], record["log_level"]) == ("plugin.part", "error")
+    assert record["text"].startswith("it failed\nTraceback")
+    assert record["text"].endswith("ValueError: why")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +383,7 @@ async def test_a_module_that_fails_is_named_and_the_others_load() -> None:
 async def test_children_die_with_their_worker(tmp_path: Path) -> None:
     program = (
         "import trio, sys\n"
-        "from taskd.worker.child import ProcessSpawner\n"
+        "from taskd.worker.process import ProcessSpawner\n"
         "async def main():\n"
         "    async with ProcessSpawner().open() as child:\n"
         "        print(child.pid, flush=True)\n"

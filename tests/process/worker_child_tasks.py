@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -85,6 +86,14 @@ def prints() -> None:
     print("x" * 200_000)
     os.write(1, b"\xff\x00" * 1000)
     print("y", file=sys.stderr)
+
+
+@tests.register("logs")
+def logs() -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("plugin.part").exception("it failed")
 
 
 @tests.register("closes_everything")
