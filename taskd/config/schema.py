@@ -321,7 +321,7 @@ class StoreSection(Section):
         default=False, description="dead-letter what is retried more than 3 times beyond its max_attempts"
     )
     max_processing_deadline_s: PositiveSeconds | None = Field(
-        default=None, description="no lease is longer than this"
+        default=None, description="no run is longer than this, however many heartbeats its task gives"
     )
     max_delay_s: PositiveSeconds | None = Field(
         default=None, description="longer delays are shortened to this"
