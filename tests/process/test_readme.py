@@ -69,7 +69,7 @@ def test_links_lead_somewhere() -> None:
 def test_files_named_in_the_guides_exist() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
-        for name in re.findall(r"(?:taskd|tests|conf|plugins)/[\w./-]*\w", text):
+        for name in re.findall(r"(?:taskd|tests|conf|plugins|proto)/[\w./-]*\w", text):
             assert (ROOT / name).exists(), f"{page} names {name}"
 
 
