@@ -25,6 +25,7 @@ from taskd.wire.frames import LeaseRef, StopReason
 METHOD = "/taskd.v1.DispatchService/Work"
 HELLO_WITHIN_S = 10.0
 FRAMES_IN_WORK = 16  # frames of one worker whose commits are awaited at once
+NAMED_AT_MOST = 20  # ids in a log line
 
 log = structlog.get_logger("taskd.dispatch")
 
@@ -304,10 +305,15 @@ class Session:
     async def _results(self, results: tuple[frames.Result, ...]) -> None:
         try:
             verdicts = await self._inflight.report([_report(result) for result in results])
+            late: list[str] = []
             for result, verdict in zip(results, verdicts, strict=True):
                 metrics.results.labels("stream", result.status.name.lower()).inc()
                 if verdict is not Verdict.APPLIED:
-                    metrics.superseded_results.inc()
+                    late.append(result.id)
+            if late:
+                metrics.superseded_results.inc(len(late))
+                worker = self._hello.worker_id
+                log.info("late results refused", worker=worker, count=len(late), ids=late[:NAMED_AT_MOST])
             await self._send(frames.Taken(tuple(result.lease for result in results)))
         finally:
             self._in_work.release()

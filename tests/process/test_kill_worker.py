@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from daemons import Daemon
 from kill_scene import Scene, make, open_scene
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -90,11 +91,33 @@ async def test_a_superseded_result_is_not_accepted(tmp_path: Path) -> None:
         await scene.started(torn[0].key, 2)  # its lease is over, and the next one holds it
         frozen.send(signal.SIGCONT)
         assert (await frozen.said("task did not complete"))["id"] == torn[0].id
+        refused = {id_ for ids in await _refused(broker, 2) for id_ in ids}
+        assert refused == {torn[0].id, once[0].id}
+        assert "\ntaskd_superseded_results_total 2.0\n" in await _page(broker, "/metrics")
         history = await scene.close_the_books(broker, frozen, other)
         assert not frozen.entries("left behind"), "its late result was answered"
         assert history.statuses[torn[0].id].outcome == "complete", "the failure came under the older lease"
         assert history.statuses[once[0].id].reason == "at_most_once"
         assert history.duplicates() == 1, "of the torn one, and by design"
+
+
+async def _refused(broker: Daemon, results: int) -> list[list[str]]:
+    """What the broker says it refused, once that is so many results."""
+    lines = 1
+    while True:
+        await broker.said("late results refused", lines)
+        found = broker.entries("late results refused")
+        if sum(line["count"] for line in found) >= results:
+            return [line["ids"] for line in found]
+        lines = len(found) + 1
+
+
+async def _page(broker: Daemon, path: str) -> str:
+    host, _, port = (await broker.said("broker listens"))["http"].partition(":")
+    stream = await trio.open_tcp_stream(host, int(port))
+    async with stream:
+        await stream.send_all(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+        return b"".join([data async for data in stream]).decode()
 
 
 async def test_a_task_that_kills_its_worker_ends_at_its_limit(tmp_path: Path) -> None:
