@@ -15,6 +15,7 @@ from taskd.errors import StartupError, StoreError
 from taskd.groupcommit import Write
 
 BUSY_TIMEOUT_MS = 5_000  # readers outside (an operator's sqlite3) may hold the file for a moment
+PROGRESS_STEPS = 1_000  # pages or rows between two questions whether to go on
 MAX_IDLE_WAL_BYTES = 64 * 1024 * 1024  # a write-ahead log that grew beyond is cut back at its checkpoint
 
 
@@ -171,11 +172,12 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def damage(path: Path, *, full: bool) -> str:
+def damage(path: Path, *, full: bool, give_up: Callable[[], bool] = lambda: False) -> str | None:
     """What is wrong with the database at `path`, in a few words; empty when it is sound, or not there.
 
-    `full` compares indexes with their tables too; either way it reads the whole file. Raises StartupError
-    when the file cannot be opened at all.
+    `full` compares indexes with their tables too; either way it reads the whole file, which may be in use.
+    None: `give_up`, which is asked all the time, ended it before the end. Raises StartupError when the file
+    cannot be opened at all.
     """
     if not path.exists() or path.stat().st_size == 0:
         return ""
@@ -184,14 +186,22 @@ def damage(path: Path, *, full: bool) -> str:
         db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         try:
             db.set_busy_timeout(BUSY_TIMEOUT_MS)
+            db.set_progress_handler(give_up, PROGRESS_STEPS)
             (found,) = db.execute(f"PRAGMA {'integrity_check' if full else 'quick_check'}(1)").fetchall()
         finally:
             db.close()
+    except apsw.InterruptError:
+        return None
     except (apsw.CorruptError, apsw.NotADBError) as error:
         return str(error)
     except apsw.Error as error:
         raise StartupError(f"cannot check the database {path}: {error}.", exit_code=73) from error
     return "" if found == ("ok",) else str(found[0])
+
+
+def is_damage(error: StoreError) -> bool:
+    """Whether SQLite met something in the file that cannot be right."""
+    return isinstance(error.__cause__, (apsw.CorruptError, apsw.NotADBError))
 
 
 def disk_trouble(error: StoreError) -> str:
@@ -201,7 +211,7 @@ def disk_trouble(error: StoreError) -> str:
         return "the disk is full"
     if isinstance(cause, (apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError)):
         return f"the disk fails: {cause}"
-    if isinstance(cause, (apsw.CorruptError, apsw.NotADBError)):
+    if is_damage(error):
         return f"the file is damaged: {cause}"
     return ""
 

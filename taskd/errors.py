@@ -14,6 +14,7 @@ __all__ = [
     "PeerUnreachable",
     "Refused",
     "StartupError",
+    "StoreDamaged",
     "StoreError",
     "TaskdError",
     "Undecodable",
@@ -68,6 +69,12 @@ class LogUnavailable(TaskdError):
 
 class StoreError(TaskdError):
     """The store of in-flight activations failed."""
+
+
+class StoreDamaged(TaskdError):
+    """The store's file is damaged. The next start sets it aside and says how to recover from it."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h; service managers start the daemon again
 
 
 class PeerError(TaskdError):

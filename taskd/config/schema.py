@@ -305,6 +305,9 @@ class StoreSection(Section):
     integrity_check: Literal["quick", "full", "off"] = Field(
         default="quick", description="look for damage at the start; a damaged file is set aside"
     )
+    integrity_check_within_s: GraceSeconds = Field(
+        default=1.0, description="longest that this holds up the start; then it goes on beside the work"
+    )
     vacuum_interval_s: PositiveSeconds = Field(
         default=10, description="time between two looks for free room to give back to the disk"
     )
@@ -321,7 +324,7 @@ class StoreSection(Section):
         default=False, description="dead-letter what is retried more than 3 times beyond its max_attempts"
     )
     max_processing_deadline_s: PositiveSeconds | None = Field(
-        default=None, description="no run is longer than this, however many heartbeats its task gives"
+        default=None, description="no lease is longer than this"
     )
     max_delay_s: PositiveSeconds | None = Field(
         default=None, description="longer delays are shortened to this"

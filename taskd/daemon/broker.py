@@ -27,6 +27,7 @@ from taskd.daemon.locks import hold_data
 from taskd.daemon.logs import open_logs
 from taskd.daemon.operators import Operators
 from taskd.daemon.pushing import parking_duty, push_dispatch
+from taskd.daemon.store_check import StoreCheck
 from taskd.dispatch.roster import Roster
 from taskd.dispatch.stream import StreamDispatch
 from taskd.dispatch.unary import UnaryDispatch
@@ -70,7 +71,7 @@ async def run_broker(
     """Run a broker until `stop`, then drain. Started once everything listens.
 
     `reloads` says when the configuration is to be read again.
-    Raises StartupError when the data folder or a port cannot be had.
+    Raises StartupError when the data folder or a port cannot be had, StoreDamaged when the store is.
     """
     clock = SystemClock()
     metrics.asyncio_errors_from(lambda: aio.unhandled_errors)
@@ -86,16 +87,16 @@ async def _run_locked(
     reloads: reload.Reloads[BrokerConfig] | None,
     task_status: trio.TaskStatus[BrokerAddresses],
 ) -> None:
-    damaged = set_aside_if_damaged(settings.store_path(config), config.store.integrity_check, clock.now())
+    path, how = settings.store_path(config), config.store.integrity_check
+    checked = set_aside_if_damaged(path, how, clock.now(), within_s=config.store.integrity_check_within_s)
     async with (
         open_logs(config, clock) as activation_logs,
-        open_inflight(
-            settings.store_path(config), clock, settings.policy(config), on_batch=measure.committed
-        ) as inflight,
+        open_inflight(path, clock, settings.policy(config), on_batch=measure.committed) as inflight,
     ):
-        if damaged is not None:
-            inflight.notice = f"began anew, the damaged file is {damaged}: run `taskd recover`"
-        broker = Broker(config, clock, activation_logs, inflight)
+        if checked.aside is not None:
+            inflight.notice = f"began anew, the damaged file is {checked.aside}: run `taskd recover`"
+        check = StoreCheck(path, how, checked, inflight)
+        broker = Broker(config, clock, activation_logs, inflight, check=check)
         await broker.run(stop, reloads, task_status)
 
 
@@ -107,8 +108,10 @@ class Broker:
         activation_logs: Mapping[str, Log],
         inflight: Inflight,
         *,
+        check: StoreCheck | None = None,
         evacuates: bool = False,
     ) -> None:
+        self._check = check
         self._config = config
         self._clock = clock
         self._inflight = inflight
@@ -188,6 +191,8 @@ class Broker:
             )
             await serving.start(self._operators.run)
             serving.start_soon(self._upkeep.run)
+            if self._check is not None:
+                serving.start_soon(self._check.run)
             serving.start_soon(measure.watch_loop)
             serving.start_soon(measure.keep_gauges, self._inflight, lambda: self._feeding.reader)
             serving.start_soon(self._feeding.run)

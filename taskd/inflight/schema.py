@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import structlog
 
 from taskd.errors import StartupError
 
@@ -21,6 +22,8 @@ SCHEMA_VERSION = 5
 # what is there names its own version.
 MIN_READER_VERSIONS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5}  # the first taskd knew no readers older than the file
 FOLDER = files("taskd.inflight")
+
+log = structlog.get_logger("taskd.inflight")
 
 
 def prepare_schema(db: apsw.Connection, path: Path) -> None:
@@ -38,6 +41,8 @@ def prepare_schema(db: apsw.Connection, path: Path) -> None:
             db.execute(FOLDER.joinpath("schema.sql").read_text())
             _mark(db, SCHEMA_VERSION)
         version = SCHEMA_VERSION
+    if version < SCHEMA_VERSION:
+        log.info("bringing the store up to date; it is read once", was=version, now=SCHEMA_VERSION)
     for target in range(version + 1, SCHEMA_VERSION + 1):
         with db:
             db.execute(FOLDER.joinpath(f"migrations/to_{target}.sql").read_text())

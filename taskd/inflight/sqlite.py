@@ -26,6 +26,7 @@ from taskd.database import (
     apply_in_one_transaction,
     cut_wal,
     disk_trouble,
+    is_damage,
     open_database,
     open_for_reading,
     wal_bytes,
@@ -111,7 +112,7 @@ class SqliteStore:
     """The open file and what is kept in memory beside it: lanes and their counters.
 
     `on_commit(changes)` is called after each transaction, `on_undo()` when a write or all of them were
-    undone; both in the thread that committed.
+    undone, `on_damage()` when the file turned out to be damaged; all in the thread that committed.
     """
 
     def __init__(self, path: Path, now: Now, policy: Policy) -> None:
@@ -120,6 +121,7 @@ class SqliteStore:
         self.queries = load_queries()
         self.on_commit: Callable[[Changes], None] = lambda changes: None
         self.on_undo: Callable[[], None] = lambda: None
+        self.on_damage: Callable[[], None] = lambda: None
         self.traced = False  # whether every transition is told by id; costs a look-up each
         self.lanes: dict[int, Lane] = {}
         self.lanes_version = 0  # rises with each lane that comes or goes
@@ -189,6 +191,8 @@ class SqliteStore:
 
     def _note(self, error: StoreError) -> None:
         self.trouble = disk_trouble(error) or self.trouble
+        if is_damage(error):
+            self.on_damage()
 
     def _apply_together(self, writes: Sequence[Write]) -> list[outcome.Outcome[object]]:
         self._batch = Changes()

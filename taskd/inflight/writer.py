@@ -95,6 +95,7 @@ class Inflight:
         self.observers: list[Callable[[Changes], None]] = []
         self.last_commit_mono_ms = clock.now().mono_ms
         self.notice = ""  # what an operator should know of this file
+        self.damaged = trio.Event()  # SQLite met damage in it; then nothing is taken any more
         self._relaning = Relaning(store)
         self.limits_changed = Wake()  # `relane` has something to do
         self.short_of_tokens = Wake()  # `tokens_in_s` is sooner than it was
@@ -117,6 +118,8 @@ class Inflight:
         """While in trouble: see whether it is over. Raises StoreError as long as it is not."""
         if not self.trouble:
             return
+        if self.damaged.is_set():
+            raise StoreError(self.trouble)
         free = free_bytes(self._store.path)
         if free < RESUME_BYTES:
             raise StoreError(f"{self.trouble}: {free} bytes are free, waiting for {RESUME_BYTES}")
@@ -493,6 +496,7 @@ async def open_inflight(
         if inline:
             inflight = Inflight(store, InlineCommitter(store.apply), clock)
             store.on_commit, store.on_undo = inflight._committed, inflight._undone
+            store.on_damage = inflight.damaged.set
             yield inflight
             return
         token = trio.lowlevel.current_trio_token()
@@ -500,6 +504,7 @@ async def open_inflight(
             inflight = Inflight(store, committer, clock)
             store.on_commit = lambda changes: token.run_sync_soon(inflight._committed, changes)
             store.on_undo = lambda: token.run_sync_soon(inflight._undone)
+            store.on_damage = lambda: token.run_sync_soon(inflight.damaged.set)
             yield inflight
     finally:
         store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from taskd.activation.lifecycle import Status
 from taskd.errors import StoreError
 from taskd.inflight import writer as writer_module
 from taskd.inflight.base import Arrival, ClaimRequest, LeaseKind, Policy, Report, ReportStatus
-from taskd.inflight.quarantine import found_aside, set_aside_if_damaged
+from taskd.inflight.quarantine import found_aside, set_aside_at_next_start, set_aside_if_damaged
 from taskd.inflight.salvage import Salvaged, salvage
 from taskd.inflight.sqlite import SqliteStore
 from taskd.inflight.writer import Inflight, open_inflight
@@ -247,12 +248,13 @@ def names(folder: Path) -> list[str]:
 async def test_a_damaged_file_is_set_aside(path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     await fill(path)
     harm(path, kind)
-    aside = set_aside_if_damaged(path, "quick", FixedClock().now())
+    aside, complete = set_aside_if_damaged(path, "quick", FixedClock().now())
     assert aside is not None
+    assert complete
     assert {name.removesuffix("-wal").removesuffix("-shm") for name in names(path.parent)} == {aside.name}
     assert found_aside(path) == [aside]
     assert aside.name == "store.sqlite.damaged-20260101T000000.000"
-    assert set_aside_if_damaged(path, "quick", FixedClock().now()) is None
+    assert set_aside_if_damaged(path, "quick", FixedClock().now()) == (None, True)
     async with opened(path) as store:
         await store.insert(arrivals("goes on"))
         check(store)
@@ -263,11 +265,54 @@ async def test_a_damaged_file_is_set_aside(path: Path, kind: str, capsys: pytest
 
 @pytest.mark.parametrize("how", ["quick", "full", "off"])
 async def test_a_sound_file_stays(path: Path, how: Any) -> None:
-    assert set_aside_if_damaged(path, how, FixedClock().now()) is None  # none yet
+    assert set_aside_if_damaged(path, how, FixedClock().now()) == (None, True)  # none yet
     await fill(path, 3)
-    assert set_aside_if_damaged(path, how, FixedClock().now()) is None
+    assert set_aside_if_damaged(path, how, FixedClock().now()) == (None, True)
     async with opened(path) as store:
         assert len(await claim(store)) == 3
+
+
+async def test_a_check_holds_up_the_start_no_longer_than_allowed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(path)
+    harm(path, "page")
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "PROGRESS_STEPS", 1)
+        assert set_aside_if_damaged(path, "quick", FixedClock().now(), within_s=0) == (None, False)
+    assert set_aside_if_damaged(path, "quick", FixedClock().now(), within_s=60).aside is not None
+
+
+async def test_what_was_found_damaged_in_use_is_set_aside_at_the_next_start(path: Path) -> None:
+    await fill(path, 3)
+    set_aside_at_next_start(path, "row 7 missing")
+    aside, _ = set_aside_if_damaged(path, "off", FixedClock().now())
+    assert aside is not None
+    assert found_aside(path) == [aside]
+    await fill(path, 3)
+    set_aside_at_next_start(path, "row 7 missing")
+    copy = path.with_name("copy")
+    shutil.copyfile(path, copy)
+    copy.replace(path)  # it was put back from a copy meanwhile
+    assert set_aside_if_damaged(path, "quick", FixedClock().now()) == (None, True)
+    assert found_aside(path) == [aside]
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_damage_that_is_met_stops_the_taking_for_good(path: Path, inline: bool) -> None:
+    await fill(path)
+    third = path.stat().st_size // 3 // 4096 * 4096  # noqa: ASYNC240 - a test
+    flip(path, third, third)
+    async with opened(path, inline=inline) as store:
+        assert await claim(store, 300) == []
+        with trio.fail_after(5):
+            await store.damaged.wait()
+        assert "the file is damaged" in store.trouble
+        with pytest.raises(StoreError, match="the file is damaged"):
+            await store.probe()
+        with pytest.raises(StoreError, match="the file is damaged"):
+            await store.insert(arrivals("more"))
+        assert await claim(store) == []
 
 
 async def test_the_write_ahead_log_is_cut_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
