@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # modules that tests here share; importlib mode adds none
+sys.path[:0] = [str(HERE), str(HERE.parent / "process")]  # shared modules; importlib mode adds none
 
-from real_kafka import Listeners  # noqa: E402  # after the line above
+from real_kafka import Listeners  # noqa: E402  # found by the line above
 
 MISSING = "needs Apache Kafka: run `make test-kafka`"
 

@@ -135,6 +135,11 @@ class ApacheKafka:
             self._process.kill()
             self._process.wait()
 
+    def send(self, number: signal.Signals) -> None:
+        """Such as SIGSTOP: its sockets stay open, and nobody answers there."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def _command(self, main: str, *arguments: str) -> list[str]:
         options = ["-Xmx512m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"]
         return ["java", *options, "-cp", f"{self._jars}/*", main, *arguments]
