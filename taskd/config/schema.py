@@ -324,7 +324,7 @@ class StoreSection(Section):
         default=False, description="dead-letter what is retried more than 3 times beyond its max_attempts"
     )
     max_processing_deadline_s: PositiveSeconds | None = Field(
-        default=None, description="no lease is longer than this"
+        default=None, description="no run is longer than this, however many heartbeats its task gives"
     )
     max_delay_s: PositiveSeconds | None = Field(
         default=None, description="longer delays are shortened to this"
@@ -587,7 +587,7 @@ class PoolSection(Section):
     exception_grace_s: GraceSeconds = Field(
         default=1.0,
         description="for a task at its deadline, or cancelled, to end by the exception raised in it; then "
-        "its processes get SIGTERM. With terminate_grace_s less than the brokers' processing_deadline_grace_s",
+        "its processes get SIGTERM. With terminate_grace_s below the brokers' processing_deadline_grace_s",
     )
     terminate_grace_s: GraceSeconds = Field(
         default=1.0, description="for its processes to end by SIGTERM; then they get SIGKILL"
