@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -78,3 +79,29 @@ async def test_whatever_is_cancelled_ends(tmp_path: Path) -> None:
         began = {line.key for line in scene.lines() if line.word == "START"}
         ended = {line.key for line in scene.lines() if line.word == "END"}
         assert (began, ended) == ({running[0].key, last[0].key}, {last[0].key})
+
+
+@pytest.mark.long
+async def test_a_worker_that_was_away_stops_when_it_is_back(tmp_path: Path) -> None:
+    """Frozen while the order was given and its broker was killed, it hears of it from the next one."""
+    rng = random.Random(2)
+    async with open_scene(tmp_path, TASKD_DISPATCH__LEASE_S="60") as scene:
+        broker, worker = scene.broker(), scene.worker(slots=1)
+        running, last = make(rng, "nap", seconds=AN_HOUR_S), make(rng, "noop")
+        await scene.produce_these(running)
+        await scene.started(running[0].key)
+        worker.send(signal.SIGSTOP)
+        code, found = await cancel(scene, running[0].id)
+        assert (code, found[0]["effect"]) == (0, "stopping")
+        await broker.killed()
+        broker = scene.broker()
+        await broker.said("broker listens")
+        await scene.produce_these(last)
+        await known(scene, last[0].id)
+        worker.send(signal.SIGCONT)
+        await scene.started(last[0].key)
+        history = await scene.settle()
+        assert (history[running[0].id].outcome, history[last[0].id].outcome) == ("dropped", "complete")
+        assert await worker.stopped() == 0
+        assert await broker.stopped() == 0
+        assert [line.word for line in scene.lines() if line.key == running[0].key] == ["START"]
