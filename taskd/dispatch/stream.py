@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from taskd.dispatch.roster import Roster
-from taskd.errors import PeerUnavailable, Refused, Undecodable
+from taskd.errors import PeerUnavailable, Refused, StoreError, Undecodable
 from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.heartbeats import Heartbeat
 from taskd.inflight.presence import Presence
@@ -294,6 +294,8 @@ class Session:
         try:
             beats = [Heartbeat(Ref(task.id, task.fence), task.permille, task.message) for task in tasks]
             await self._end_lost([beat.ref for beat in beats], await self._inflight.heartbeat(beats))
+        except StoreError as error:  # the next heartbeat may come through, or these leases end
+            log.warning("heartbeats of tasks were lost", worker=self._hello.worker_id, error=str(error))
         finally:
             self._in_work.release()
 

@@ -16,6 +16,7 @@ from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import SqliteStore
 
 MAX_KEPT = 20_000  # tasks whose progress is known: those heard of last
+MAX_MESSAGE_CHARS = 200  # of each, whatever its worker sent
 UNCAPPED_MS = 2**53  # further than any deadline
 
 
@@ -66,7 +67,7 @@ class ProgressNotes:
 
     def note(self, heartbeat: Heartbeat, mono_ms: int) -> None:
         id_, fence = heartbeat.ref.id, heartbeat.ref.fence
-        permille, message = heartbeat.permille, heartbeat.message
+        permille, message = heartbeat.permille, heartbeat.message[:MAX_MESSAGE_CHARS]
         before = self._kept.pop(id_, None)
         if before is not None and before.fence == fence:  # one that says nothing new only says: still alive
             permille = before.permille if permille is None else permille

@@ -7,11 +7,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from taskd.activation.lifecycle import Status
 from taskd.admin.inspect import METHOD, Inspect
 from taskd.admin.wait import Seen, get_status
+from taskd.errors import StoreError
 from taskd.inflight.base import Policy
 from taskd.rpc.base import Unary
 from taskd.wire import frames
@@ -168,3 +170,32 @@ async def test_without_the_parent_no_lease_lives_on_its_heartbeats(
     await trio.sleep(DEADLINE_S + GRACE_S + 2)
     (found,) = await broker.inflight.describe(["a"])
     assert (found.status, found.permille) == (Status.PENDING, None)
+
+
+async def test_a_disk_that_takes_nothing_costs_heartbeats_not_the_stream(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await produce(broker, "a")
+    async with connected(broker) as worker:
+        lease = await worker.start("a")
+        await broker.settle()
+
+        async def full(heartbeats: object) -> None:
+            raise StoreError("disk full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(broker.inflight, "heartbeat", full)
+            await worker.beat(lease, 100)
+            await broker.settle()
+        await worker.beat(lease, 200)
+        await broker.settle()
+        assert (await Operator(broker).look("a")).permille == 200
+
+
+async def test_what_a_worker_says_is_cut_to_size(autojump_clock: Clock, broker: Broker) -> None:
+    await produce(broker, "a")
+    async with connected(broker) as worker:
+        await worker.beat(await worker.start("a"), 10**9, "x" * 100_000)
+        await broker.settle()
+        seen = await Operator(broker).look("a")
+        assert (seen.permille, len(seen.message)) == (1_000, 200)
