@@ -599,8 +599,9 @@ class PoolSection(Section):
             raise ValueError("with protocol pull, namespaces need application: brokers find nothing without")
         if self.protocol == "push" and len(set(self.brokers)) > 1:
             raise ValueError(
-                f"with protocol push, brokers must be one, found {len(set(self.brokers))}: nothing says which "
-                "of them pushed a task, and a result given to the wrong one is lost; run a pool for each"
+                f"with protocol push, brokers must be one, found {len(set(self.brokers))}: nothing "
+                "says which of them pushed a task, and a result given to the wrong one is lost; "
+                "run a pool for each"
             )
         if self.protocol == "push" and self.tls is not None and self.listen.tls is None:
             raise ValueError(
