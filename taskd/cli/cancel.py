@@ -84,8 +84,8 @@ def words(one: CancelledActivation) -> str:
     told = {
         Effect.DROPPED: f"was {one.state}: dropped",
         Effect.STOPPING: "was running: dropped, its worker is told to stop it",
-        Effect.UNTOLD: "was with a worker that cannot be told: dropped, it may run to its end there, its result "
-        "will be ignored",
+        Effect.UNTOLD: "was with a worker that cannot be told: dropped, it may run to its end there, its "
+        "result will be ignored",
         Effect.EXPECTED: "is not here yet: will be dropped if it comes while the broker remembers this "
         "(store.tombstone_ttl_s)",
         Effect.ENDED: f"ended before: {one.outcome}",

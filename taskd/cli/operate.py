@@ -201,8 +201,12 @@ def killswitch_list(
 def or_user(author: str | None) -> str:
     """Who gives an order."""
     import getpass
+    import os
 
-    return author or getpass.getuser()
+    try:
+        return author or getpass.getuser()
+    except (KeyError, OSError):  # this system has no name for the user, as in many containers
+        return f"uid {os.getuid()}"
 
 
 def ask(
@@ -212,6 +216,8 @@ def ask(
     order: Callable[[Operator], Awaitable[T]],
 ) -> T:
     """What the broker answers to `order`, by its socket or at `address`. Raises TaskdError."""
+    if socket is not None and address is not None:
+        raise typer.BadParameter("give --socket or --address, not both")
     import trio
 
     from taskd.admin.operate import open_operator

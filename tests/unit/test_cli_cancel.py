@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,9 +12,9 @@ import trio
 from typer.testing import CliRunner
 
 from taskd.cli import operate
+from taskd.cli.app import app
 from taskd.cli.cancel import words
 from taskd.cli.inspect import _line
-from taskd.cli.main import app
 from taskd.wire.generated.taskd.v1 import CancelEffect, CancelledActivation
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb"}
@@ -102,6 +103,22 @@ def test_an_order_without_ids_or_reason_is_wrong_usage(operators: Operators) -> 
     for arguments, stdin in ((("-", "--reason", "why"), ""), (("a",), None), (("--reason", "why"), None)):
         assert run(*arguments, stdin=stdin).exit_code == 2
     assert operators.order == {}
+
+
+def test_a_user_without_a_name_is_a_number(operators: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under an id of its own."""
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert run("a", "--reason", "why").exit_code == 0
+    assert operators.order["author"] == f"uid {os.getuid()}"
+
+
+def test_one_broker_is_meant() -> None:
+    result = run("a", "--reason", "why", "--socket", "a.sock", "--address", "127.0.0.1:1")
+    assert (result.exit_code, "not both" in result.stderr) == (2, True)
 
 
 def test_no_broker_takes_the_order(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
