@@ -95,7 +95,10 @@ def current_task() -> CurrentTask | None:
 
 
 def heartbeat(progress: float | None = None, message: str = "") -> None:
-    """`CurrentTask.heartbeat` of the running task; does nothing when the function was called directly."""
+    """`CurrentTask.heartbeat` of the running task; does nothing when the function was called directly.
+
+    A thread that the task starts does not know the task: hand it `current_task()`.
+    """
     task = current_task()
     if task is not None:
         task.heartbeat(progress, message)

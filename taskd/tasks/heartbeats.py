@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from taskd.clock import monotonic_s
 
@@ -18,7 +19,8 @@ Later = Callable[[float, Callable[[], None]], None]
 def _in_a_thread(delay_s: float, function: Callable[[], None]) -> None:
     timer = threading.Timer(delay_s, function)
     timer.daemon = True
-    timer.start()
+    with suppress(RuntimeError):  # no thread to be had: then the task's next heartbeat goes, not this one
+        timer.start()
 
 
 class Heartbeats:

@@ -46,6 +46,8 @@ class Supervised:
         self._beats: Heartbeats | None = None
 
     def heartbeat(self, progress: float | None, message: str) -> None:
+        if self._watch.is_copy:
+            return  # nobody watches a copy, and its pipes' numbers may be those of other files by now
         if self._beats is None:
             self._beats = Heartbeats(self._send)
         self._beats.beat(progress, message)
@@ -81,6 +83,7 @@ class Watch:
         self._number = 0  # of the task that runs; 0: none
         self._task: Supervised | None = None  # ... while it may be interrupted
         self._held = False
+        self.is_copy = False
         self._pending: BaseException | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], None]] = {
             int(signal.SIGALRM): self._on_alarm,
@@ -102,6 +105,7 @@ class Watch:
     def forget(self) -> None:
         """This process is a copy that a task forked: signals end it, as they end any process."""
         self._task, self._number = None, 0
+        self.is_copy = True
         for number in self._handlers:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

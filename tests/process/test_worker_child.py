@@ -289,6 +289,14 @@ async def test_a_forked_copy_of_a_task_does_not_report() -> None:
         assert pool.statistics().crashes == 0
 
 
+async def test_a_forked_copy_gives_no_heartbeats_and_writes_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "opened by the copy"
+    async with open_pool() as (broker, _):
+        (result,) = await broker.run(call("a", "beats_in_a_fork", str(path)))
+        assert (result.status, result.error) == (COMPLETE, "")
+    assert path.read_bytes() == b""
+
+
 async def test_signals_to_the_child_are_not_for_it() -> None:
     async with open_pool() as (broker, pool):
         (pid,) = children()

@@ -119,6 +119,26 @@ def starts_a_process(path: str) -> None:
     time.sleep(600)
 
 
+@tests.register("beats_in_a_fork")
+def beats_in_a_fork(path: str) -> None:
+    """A copy of the child has none of its pipes; what it opens gets their numbers."""
+    current = current_task()
+    assert current is not None
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            files = [open(path, "a") for _ in range(8)]  # noqa: SIM115
+            for _ in range(3):
+                current.heartbeat(0.5, "from a copy")
+                time.sleep(0.3)
+            code = len(files) - 8
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    current.heartbeat(1, "from the child itself")
+
+
 @tests.register("forks")
 def forks() -> None:
     if os.fork() == 0:

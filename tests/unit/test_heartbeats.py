@@ -142,3 +142,31 @@ def test_a_message_that_cannot_be_sent_is_mended() -> None:
 def test_a_message_that_is_no_text_is_refused() -> None:
     with pytest.raises(TypeError, match="message: expected a text"):
         CurrentTask("a" * 32, "mail", "send").heartbeat(message=3)  # type: ignore[arg-type]
+
+
+def test_a_machine_without_threads_costs_the_last_heartbeat_only(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(timer: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    sent: list[str] = []
+    beats = Heartbeats(lambda progress, message: sent.append(message))
+    for message in ("first", "lost"):
+        beats.beat(None, message)
+    clock.advance(INTERVAL_S)
+    beats.beat(None, "next")
+    assert sent == ["first", "next"]
+
+
+def test_a_thread_of_a_task_is_handed_the_task() -> None:
+    supervisor = Supervisor()
+    with running(CurrentTask("a" * 32, "mail", "send", supervisor=supervisor)):
+        task = taskd.current_task()
+        assert task is not None
+        for function in (taskd.heartbeat, task.heartbeat):
+            thread = threading.Thread(target=function, args=(0.5,))
+            thread.start()
+            thread.join()
+    assert supervisor.heard == [(0.5, "")]
