@@ -574,6 +574,15 @@ class PoolSection(Section):
     )
     listen: PoolListenSection = PoolListenSection()
     slots: PositiveInt = Field(default=2, description="child processes, each runs one task at a time")
+    async_slots: Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0)] = Field(
+        default=100, description="async activations that run at once; 0: this pool runs no async tasks"
+    )
+    async_children: PositiveInt = Field(
+        default=1, description="child processes that share them; more use more cores"
+    )
+    async_stall_s: Annotated[float, BeforeValidator(_not_a_bool), Field(ge=2)] = Field(
+        default=5.0, description="an async task that keeps its child's loop from the others so long is ended"
+    )
     max_tasks_per_child: PositiveInt = Field(
         default=10_000, description="a child is replaced after so many tasks"
     )

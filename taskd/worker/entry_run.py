@@ -35,14 +35,19 @@ from taskd.wire.envelope import CallBody, scan_call
 from taskd.wire.frames import ResultStatus
 
 PR_SET_PDEATHSIG = 1
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 EXIT_PIPES_BROKEN = 74  # EX_IOERR of sysexits.h
 _STATUS = {
     "complete": int(ResultStatus.COMPLETE),
     "failure": int(ResultStatus.FAILURE),
     "retry": int(ResultStatus.RETRY),
 }
-_OURS = ("__main__", "taskd.worker.entry", "taskd.worker.entry_run", "taskd.tasks.task")
+_OURS = (
+    "taskd.worker.entry_async_task",
+    "__main__",
+    "taskd.worker.entry",
+    "taskd.worker.entry_run",
+    "taskd.tasks.task",
+)
 _ASYNC_ELSEWHERE = "the task is async, and this pool runs none: set its `async_slots`"
 COMPLETE = pipe.Verdict(_STATUS["complete"])
 

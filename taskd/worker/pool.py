@@ -18,6 +18,9 @@ from taskd.rpc.access import Access, pool_access
 from taskd.rpc.base import ClientStream
 from taskd.rpc.client import connect as open_client
 from taskd.wire.frames import TaskName
+from taskd.worker import async_part
+from taskd.worker.async_part import AsyncPart
+from taskd.worker.async_slot import AsyncSpawner
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import Spawner
 from taskd.worker.credit import Offer, share
@@ -47,6 +50,8 @@ class PoolStatistics:
 
     slots: int
     warm_slots: int
+    async_slots: int
+    async_running: int
     failing_slots: int
     connected_brokers: int
     waiting: int
@@ -69,6 +74,7 @@ class Pool:
         name: str,
         *,
         spawner: Spawner,
+        async_spawner: AsyncSpawner,
         connect: Connector,
         call: CallConnector,
         rng: random.Random,
@@ -99,6 +105,9 @@ class Pool:
             )
             for number in range(config.slots)
         ]
+        self.async_part = AsyncPart(
+            config, async_spawner, self._backlog, graces=self._graces, on_change=self._changed, rng=rng
+        )
         self.links: Sequence[BrokerLink] = (
             self._streams(connect, rng) if config.protocol == "stream" else self._plain_links(call, rng)
         )
@@ -142,25 +151,37 @@ class Pool:
         ]
 
     def statistics(self) -> PoolStatistics:
+        async_slots = self.async_part.slots
+        tallies = [slot.tally for slot in async_slots]
         return PoolStatistics(
             slots=len(self.slots),
             warm_slots=sum(slot.health == "warm" for slot in self.slots),
             failing_slots=sum(slot.health == "failing" for slot in self.slots),
             connected_brokers=sum(link.connected for link in self.links),
             waiting=len(self._backlog),
-            in_children=sum(len(slot.jobs) for slot in self.slots),
+            async_slots=sum(slot.capacity for slot in async_slots if slot.health == "warm"),
+            async_running=self.async_part.running,
+            in_children=sum(len(slot.jobs) for slot in self.slots) + self.async_part.running,
             untaken_results=self._backlog.untaken_count,
-            ended=sum(slot.ended_count for slot in self.slots),
-            crashes=sum(slot.crashes_count for slot in self.slots),
-            timeouts=sum(slot.timeouts_count for slot in self.slots),
-            failed_starts=sum(slot.failed_starts_count for slot in self.slots),
+            ended=sum(slot.ended_count for slot in self.slots) + sum(tally.ended for tally in tallies),
+            crashes=sum(slot.crashes_count for slot in self.slots) + sum(tally.crashes for tally in tallies),
+            timeouts=sum(slot.timeouts_count for slot in self.slots)
+            + sum(tally.timeouts for tally in tallies),
+            failed_starts=sum(slot.failed_starts_count for slot in self.slots)
+            + sum(slot.failed_starts_count for slot in async_slots),
             average_s=self._pace.average_s,
             prefetch=self._prefetch(),
         )
 
     def _tasks(self) -> set[TaskName]:
         """What any slot's child can run. Different ones are there for a moment, while a plugin is renewed."""
-        return {TaskName(*task[:3]) for slot in self.slots for task in slot.tasks}
+        runs_async = self._config.async_slots > 0
+        return {
+            TaskName(*task[:3])
+            for slot in self.slots
+            for task in slot.tasks
+            if runs_async or not task.is_async
+        }
 
     # ---- how much work to ask for
 
@@ -173,11 +194,12 @@ class Pool:
         usable = sum(slot.health == "warm" for slot in self.slots)
         if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
             usable = 0
-        held = self._backlog.jobs_count
+        held = self._backlog.jobs_count - self.async_part.held
+        free_async = self.async_part.free if usable else 0
         return share(
             link.credit,
             [other.credit for other in self._others(link) if other.state == "working"],
-            capacity=usable + self._prefetch() if usable else 0,
+            capacity=usable + self._prefetch() + free_async if usable else 0,
             held=held,
             idle=max(usable - held, 0),
             now=trio.current_time(),
@@ -190,7 +212,10 @@ class Pool:
         """For protocols that take nothing back: nothing is to come that cannot start at once."""
         if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
             return 0
-        return max(sum(slot.health == "warm" for slot in self.slots) - self._backlog.jobs_count, 0)
+        if self.async_part.is_needed and not self.async_part.free:
+            return 0  # nobody knows before it is here which kind the next one is of
+        held = self._backlog.jobs_count - self.async_part.held
+        return max(sum(slot.health == "warm" for slot in self.slots) - held, 0)
 
     def _is_ready(self) -> bool:
         return self.was_warm and any(slot.health == "warm" for slot in self.slots)
@@ -198,10 +223,12 @@ class Pool:
     # ---- events
 
     def _wake_slots(self) -> None:
+        self.async_part.wake()
         for slot in self.slots:
             slot.wake()
 
     def _stop_in_slots(self) -> None:
+        self.async_part.end_stopped()
         for slot in self.slots:
             slot.end_stopped()
 
@@ -220,6 +247,7 @@ class Pool:
         async with trio.open_nursery() as nursery:
             for slot in self.slots:
                 nursery.start_soon(slot.run)
+            nursery.start_soon(self.async_part.run)
             async with trio.open_nursery() as watching:
                 # Stopping is possible while children do not start.
                 watching.start_soon(_cancel_when, stop, watching.cancel_scope)
@@ -236,13 +264,18 @@ class Pool:
             nursery.cancel_scope.cancel()
 
     async def _until_warm(self) -> None:
-        while any(slot.health != "warm" for slot in self.slots):
+        while any(slot.health != "warm" for slot in self.slots) or not self.async_part.is_warm:
             await self._until_change()
+            self._learn_tasks()
         log.info("pool ready", pool=self.name, slots=len(self.slots))
+
+    def _learn_tasks(self) -> None:
+        self.async_part.learn({task for slot in self.slots for task in slot.tasks})
 
     async def _hand_back_late(self) -> None:
         while True:
             await trio.sleep(LATE_ROUND_S)
+            self._learn_tasks()
             self._backlog.hand_back_late(trio.current_time())
 
     async def _drain(self) -> None:
@@ -251,6 +284,7 @@ class Pool:
         self._backlog.close()
         for slot in self.slots:
             slot.recall()
+        self.async_part.recall()
         await self._until_fetched()
         grace_s = self._grace_s(begin)
         log.info("draining", pool=self.name, running=self._backlog.jobs_count, grace_s=round(grace_s, 1))
@@ -287,11 +321,13 @@ class Pool:
     def _grace_s(self, now: float) -> float:
         if self._config.drain_grace_s is not None:
             return self._config.drain_grace_s
-        longest_s = max((self._backlog.longest_s, *(slot.remaining_s(now) for slot in self.slots)))
+        longest_s = max(self._backlog.longest_s, self.async_part.remaining_s(now))
+        longest_s = max((longest_s, *(slot.remaining_s(now) for slot in self.slots)))
         return longest_s + self._graces.total_s + TIMEOUT_MARGIN_S if longest_s else 0.0
 
     def _report_who_was_left(self) -> None:
         running = [job.lease.id for slot in self.slots for job in slot.jobs]
+        running += [job.lease.id for job in self.async_part.jobs]
         untaken = [lease.id for account in self._backlog.accounts.values() for lease in account.untaken]
         if running or untaken:
             log.warning("left behind", pool=self.name, killed=running, results_not_taken=untaken)
@@ -306,6 +342,7 @@ async def run_pool(
     stop: trio.Event,
     task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     spawner: Spawner | None = None,
+    async_spawner: AsyncSpawner | None = None,
     connect: Connector | None = None,
     call: CallConnector | None = None,
     listen: Listen | None = None,
@@ -314,15 +351,16 @@ async def run_pool(
     """Run one pool until `stop` is set and it has drained; started with its `Pool` once children are warm.
 
     Cancelling ends it at once: children are killed, and the leases of what they ran end at the
-    brokers. `spawner`, `connect` (streams), `call` (pull and push) and `listen` (push) are for tests;
-    without, real processes and gRPC (inside `aio.open_loop()`). Raises StartupError when a file of the
-    pool's TLS cannot be used, or its port.
+    brokers. `spawner`, `async_spawner`, `connect` (streams), `call` (pull and push) and `listen` (push) are
+    for tests; without, real processes and gRPC (inside `aio.open_loop()`). Raises StartupError when a file
+    of the pool's TLS cannot be used, or its port.
     """
     access = pool_access(config)
     pool = Pool(
         config,
         name,
         spawner=spawner or ProcessSpawner(),
+        async_spawner=async_spawner or ProcessSpawner(program=async_part.PROGRAM, shares_step=True),
         connect=connect or partial(open_work_stream, access=access),
         call=call or partial(open_client, access=access),
         rng=rng or random.Random(),

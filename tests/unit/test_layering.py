@@ -37,6 +37,10 @@ LATE_IMPORTS = {
 FACE = {"errors", "activation", "tasks"}  # what taskd/__init__.py shows to authors of tasks
 ENTRY = {"activation", "tasks", "wire", "errors"}  # what a child process may load of taskd
 
+# Tasks of other children run whatever loop they like, and their children start quickly. An async child
+# *is* a Trio loop: only its modules load Trio, and nothing else in a child loads them.
+ASYNC_ENTRY = "worker/entry_async"
+
 # A library is let in by its own door only. A folder ends with a slash.
 DOORS = {
     "grpclib": ("rpc/",),
@@ -115,6 +119,9 @@ def unit(path: str) -> str:
 def verdict(path: str, found: Import) -> str | None:
     """Why this import is not allowed, or None."""
     package, *rest = found.module.split(".")
+    in_child = path.startswith("worker/entry") and not path.startswith(ASYNC_ENTRY)
+    if in_child and (package == "trio" or found.module.startswith("taskd.worker.entry_async")):
+        return f"of what a child loads, only {ASYNC_ENTRY}* may import trio"
     if package != "taskd" or not rest:
         doors = DOORS.get(package)
         if doors is None or path.startswith(doors):
@@ -185,6 +192,9 @@ def test_time_and_randomness_are_arguments(path: str) -> None:
         ("worker/entry.py", "from taskd.wire.generated.taskd import v1"),
         ("worker/entry.py", "from taskd.wire import generated"),
         ("worker/entry.py", "from taskd.telemetry import logs"),
+        ("worker/entry_run.py", "import trio"),
+        ("worker/entry_run.py", "from taskd.worker.entry_async_task import Activity"),
+        ("worker/entry_async.py", "from taskd.worker.backlog import Backlog"),
         ("daemon/broker.py", "import asyncio"),
         ("__init__.py", "import taskd.producer"),
         ("upkeep/duties.py", "import pickle"),
@@ -202,6 +212,7 @@ def test_the_rule_catches(path: str, source: str) -> None:
         ("database.py", "from taskd.groupcommit import Write"),
         ("cli/main.py", "from taskd.daemon import broker"),
         ("worker/entry.py", "from taskd.wire import envelope\nfrom taskd.wire.frames import Started"),
+        ("worker/entry_async.py", "import trio\nfrom taskd.worker.entry_async_task import Activity"),
     ],
 )
 def test_the_rule_lets_pass(path: str, source: str) -> None:

@@ -1,0 +1,368 @@
+"""All that runs in one async child: fed, followed, watched, and settled when the child ends.
+
+The child ends its tasks at their deadlines by itself. From here it is watched for what it cannot help: a
+task that does not let itself be cancelled, and a loop that is blocked. Both end as for other children, by
+the ladder; but what else ran in the child is not to blame. It is reported as interrupted, so that it is
+handed out again and the attempt does not count - once: who is there when a child must be killed for the
+second time counts as crashed, for the loop may be blocked from a thread, and that nobody can tell. When
+the child dies by itself, any of its tasks may have done it, so all of them count as crashed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+import trio
+
+from taskd.telemetry import metrics
+from taskd.wire.frames import ResultStatus
+from taskd.worker import endings
+from taskd.worker import entry_pipe as pipe
+from taskd.worker.backlog import Backlog
+from taskd.worker.child import Child, ChildGone
+from taskd.worker.ladder import Graces, Ladder, Step
+from taskd.worker.results import Job
+from taskd.worker.slot import piece
+
+log = structlog.get_logger("taskd.worker")
+
+TICK_S = 0.25
+RETIRE_WITHIN_S = 10.0  # for a child that was dismissed with nothing left to do
+MAX_SPARED = 10_000
+MAX_NAMED = 20
+
+
+class AsyncChild(Child, Protocol):
+    def stepping(self) -> int:
+        """The number of the activation its loop is at, also when it is dead; 0: at none of them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`stall_s`: how long a loop may be silent, in seconds."""
+
+    max_tasks: int
+    stall_s: float
+    graces: Graces
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of activations, and who was spared when a child had to be killed; over all children."""
+
+    ended: int = 0
+    crashes: int = 0
+    timeouts: int = 0
+    stalls: int = 0
+    _spared: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    def spare(self, job: Job) -> bool:
+        """Whether this one is to be spared: the first time it is."""
+        if job.lease.id in self._spared:
+            return False
+        self._spared[job.lease.id] = None
+        if len(self._spared) > MAX_SPARED:
+            self._spared.popitem(last=False)
+        return True
+
+
+@dataclass(eq=False, slots=True)
+class Activation:
+    """One of them. `since`: when it started, None before; `end`: when it must have ended."""
+
+    job: Job
+    since: float | None = None
+    end: float = float("inf")
+    on_timeout: pipe.Verdict | None = None
+    quiet: bool = False
+    cancel_ordered: bool = False
+
+
+class Crowd:
+    """Run it with `serve`; everything else may be called from other tasks at any time.
+
+    `room`: how many more activations may be taken from the backlog now. `over` is set as soon as the child
+    gets no more: what runs in it goes on until it ends.
+    """
+
+    def __init__(
+        self,
+        child: AsyncChild,
+        backlog: Backlog,
+        limits: Limits,
+        tally: Tally,
+        *,
+        room: Callable[[], int],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.pid = child.pid
+        child.whose = self._whose
+        self.over = trio.Event()
+        self.is_useful = False
+        self._child = child
+        self._backlog = backlog
+        self._limits = limits
+        self._tally = tally
+        self._room = room
+        self._on_change = on_change
+        self._wake = trio.Event()
+        self._busy = trio.Event()
+        self._inside: dict[int, Activation] = {}  # by number, in the order they were sent
+        self._sent = 0
+        self._silent_s = 0.0
+        self._ladder: Ladder | None = None
+        self._stalled_by: int | None = None  # whose step it is in which the loop is blocked; 0: nobody knows
+        self._stuck: set[int] = set()  # those that do not end
+
+    # ---- what the slot asks
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [one.job for one in self._inside.values()]
+
+    @property
+    def count(self) -> int:
+        return len(self._inside)
+
+    def remaining_s(self, now: float) -> float:
+        """When the last of these must have ended, counted from now."""
+        ends = (now + one.job.deadline_s if one.since is None else one.end for one in self._inside.values())
+        return max(max(ends, default=now) - now, 0.0)
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def recall(self) -> None:
+        """Give back to the backlog what the child has not begun."""
+        count = self._child.take_back()
+        numbers = range(self._sent - count + 1, self._sent + 1)
+        back = [self._inside.pop(number).job for number in numbers if number in self._inside]
+        if back:
+            self._backlog.put_back(back)
+
+    def end_stopped(self) -> None:
+        """Cancel what was stopped, and take it back where it has not begun."""
+        stopped = {number: one for number, one in self._inside.items() if one.job.stopped}
+        if not stopped:
+            return
+        self.recall()
+        for number, one in stopped.items():
+            if one.since is not None and not one.cancel_ordered:
+                one.cancel_ordered = True
+                one.end = min(one.end, trio.current_time())
+                self._child.order(pipe.OrderKind.CANCEL, number)
+
+    def _whose(self, number: int) -> str | None:
+        """Who prints. What carries no number is anybody's."""
+        one = self._inside.get(number)
+        return None if one is None else one.job.lease.id
+
+    # ---- its life
+
+    async def serve(self) -> None:
+        """Work with the child until it ends, and see to what it leaves. Cancelling ends the child."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._feed)
+                nursery.start_soon(self._watch)
+                why = await self._follow()
+                nursery.cancel_scope.cancel()
+            self._settle(why)
+        finally:
+            self.over.set()
+            if self._inside:
+                self._child.kill()
+
+    async def _feed(self) -> None:
+        while not self.over.is_set():
+            jobs = self._next_jobs()
+            if not jobs:
+                self._wake = trio.Event()
+                await self._wake.wait()
+                continue
+            now = trio.current_time()
+            if not self._inside:
+                self._silent_s = 0.0
+                self._busy.set()
+            for job in jobs:
+                self._sent += 1
+                self._inside[self._sent] = Activation(job)
+            if self._sent >= self._limits.max_tasks:
+                self.over.set()
+            await self._child.send([piece(job, now) for job in jobs])
+        self._busy.set()
+        if self._ladder is None:
+            self._child.dismiss()  # it leaves when it has done what it has
+
+    def _next_jobs(self) -> list[Job]:
+        room = min(self._room(), self._limits.max_tasks - self._sent)
+        if room <= 0 or self._ladder is not None:
+            return []
+        return self._backlog.take_async(room, trio.current_time())
+
+    async def _follow(self) -> str:
+        """Handle what the child reports until it ended; how it ended is returned."""
+        while True:
+            try:
+                reports = await self._child.receive()
+            except ChildGone as error:
+                return str(error)
+            except pipe.ProtocolViolation as error:
+                return f"child {self._child.pid} broke the protocol of its pipe: {error}"
+            self._silent_s = 0.0
+            if self._stalled_by is not None and self._ladder and self._ladder.step is Step.INTERRUPTED:
+                self._ladder = self._stalled_by = None  # the loop goes on
+                self._wake.set()
+            for report in reports:
+                if not self._handle(report):
+                    return f"child {self._child.pid} reported {report!r:.100}, which it was not asked for"
+            self._on_change()
+            self._wake.set()
+
+    def _handle(self, report: pipe.Report) -> bool:
+        match report:
+            case pipe.Started(number, on_timeout, quiet) if number in self._inside:
+                self._started(number, on_timeout, quiet)
+            case pipe.Done(number, verdict, duration_us, quiet) if number in self._inside:
+                metrics.worker_task_seconds.observe(duration_us / 1e6)
+                self._stuck.discard(number)
+                self._tally.timeouts += verdict.reason == "timeout"
+                self._finish(self._inside.pop(number).job, verdict, quiet=quiet)
+            case pipe.Heartbeat(number, progress, message):
+                if number in self._inside:  # else it is late
+                    self._alive(self._inside[number], progress, message)
+            case pipe.Expired(number) if number in self._inside:
+                job = self._inside.pop(number).job
+                job.account.hand_back(job)
+            case pipe.Beat():
+                pass
+            case _:
+                return False
+        return True
+
+    def _started(self, number: int, on_timeout: pipe.Verdict, quiet: bool) -> None:
+        one = self._inside[number]
+        one.since, one.on_timeout, one.quiet = trio.current_time(), on_timeout, quiet
+        one.end = one.since + one.job.deadline_s
+        one.job.account.start(one.job)
+        if one.job.stopped:
+            self.end_stopped()
+
+    def _alive(self, one: Activation, progress: float | None, message: str) -> None:
+        account = one.job.account
+        if account.moves_deadlines and one.since is not None and not one.cancel_ordered:
+            one.end = trio.current_time() + one.job.deadline_s
+            if account.max_deadline_s is not None:
+                one.end = min(one.end, one.since + max(account.max_deadline_s, one.job.deadline_s))
+        account.heartbeat(one.job, progress, message)
+
+    # ---- watching
+
+    async def _watch(self) -> None:
+        while True:
+            while not self._inside and not self.over.is_set():
+                self._busy = trio.Event()
+                await self._busy.wait()
+            before = trio.current_time()
+            await trio.sleep(TICK_S)
+            now = trio.current_time()
+            if now - before > 4 * TICK_S:
+                continue  # this process slept; what the child said meanwhile is not read yet
+            self._silent_s += TICK_S
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        if self._ladder is not None:
+            self._ladder.climb(now)
+            if self._ladder.step is not Step.INTERRUPTED:
+                self.over.set()  # nothing will come of this child: let another one begin
+                self._wake.set()
+            return
+        if not self._inside:
+            if self.over.is_set() and self._silent_s >= RETIRE_WITHIN_S:
+                self._child.kill()
+            return
+        if self._silent_s >= self._limits.stall_s:
+            self._stalled(now)
+            return
+        grace_s = self._limits.graces.exception_s
+        self._stuck = {number for number, one in self._inside.items() if now >= one.end + grace_s}
+        if self._stuck:
+            self._do_not_end(now, grace_s)
+
+    def _stalled(self, now: float) -> None:
+        """The loop is blocked: interrupt the task it is at, and if that does not help, end the child."""
+        self._tally.stalls += 1
+        self._stalled_by = number = self._child.stepping()
+        self._tell_who_is_there("the loop of async tasks is blocked", {number}, silent_s=self._silent_s)
+        self.recall()
+        self._ladder = Ladder(self._child, number, self._limits.graces, now, asked=False)
+
+    def _do_not_end(self, now: float, grace_s: float) -> None:
+        """They were cancelled in time, by the child itself or by an order, and shield themselves."""
+        self._tell_who_is_there("async tasks do not let themselves be cancelled", self._stuck)
+        self.recall()
+        number = min(self._stuck)
+        self._ladder = Ladder(self._child, number, self._limits.graces, now - grace_s, asked=True)
+        self._look(now)
+
+    def _tell_who_is_there(self, what: str, culprits: Collection[int], **more: object) -> None:
+        ids = {number: one.job.lease.id for number, one in self._inside.items() if one.since is not None}
+        guilty = [id_ for number, id_ in ids.items() if number in culprits]
+        others = [id_ for number, id_ in ids.items() if number not in culprits]
+        log.error(
+            what,
+            pid=self._child.pid,
+            guilty=guilty[:MAX_NAMED],
+            others=others[:MAX_NAMED],
+            others_count=len(others),
+            **more,
+        )
+
+    # ---- endings
+
+    def _settle(self, why: str) -> None:
+        """The child ended: what it had not begun goes back, the rest gets its result."""
+        if self._inside or not self.over.is_set():
+            self._child.kill()  # it may live on, when it broke the protocol
+            log.warning("async child ended", why=why, running=len(self._inside))
+        self.is_useful = self.is_useful or self.over.is_set()
+        now = trio.current_time()
+        left, self._inside = self._inside, {}
+        back = [one.job for one in left.values() if one.since is None]
+        for number, one in left.items():
+            if one.since is not None:
+                self._end(number, one, now, why)
+        if back:
+            self._backlog.put_back(back)
+        self._on_change()
+
+    def _end(self, number: int, one: Activation, now: float, why: str) -> None:
+        verdict = self._judge(number, one, now, why)
+        self._tally.timeouts += verdict.reason == "timeout"
+        self._tally.crashes += verdict.status == ResultStatus.CRASHED and not one.job.stopped
+        self._finish(one.job, verdict, quiet=one.quiet and verdict.reason == "timeout")
+
+    def _judge(self, number: int, one: Activation, now: float, why: str) -> pipe.Verdict:
+        was_killed = self._ladder is not None
+        if was_killed and now >= one.end and one.on_timeout is not None:
+            text = f"ended with its child at its processing deadline of {one.job.deadline_s:g} s: {why}"
+            return one.on_timeout._replace(reason="timeout", error=text)
+        if number == self._stalled_by:
+            text = f"it blocked the loop that it shares with other tasks; is everything it calls async? {why}"
+            return pipe.Verdict(ResultStatus.CRASHED, "blocked", text)
+        if was_killed and self._stalled_by != 0 and self._tally.spare(one.job):
+            return pipe.Verdict(ResultStatus.INTERRUPTED, "interrupted", f"another task in its child: {why}")
+        return pipe.Verdict(
+            ResultStatus.CRASHED, "crashed", f"{why}, and any of its async tasks may be the cause"
+        )
+
+    def _finish(self, job: Job, verdict: pipe.Verdict, *, quiet: bool) -> None:
+        endings.end(job, verdict, quiet=quiet)
+        self._tally.ended += 1
+        self.is_useful = True
