@@ -83,6 +83,7 @@ class Watch:
         self._number = 0  # of the task that runs; 0: none
         self._task: Supervised | None = None  # ... while it may be interrupted
         self._held = False
+        self._cancelled = 0  # the number of the task that is to be cancelled
         self.is_copy = False
         self._pending: BaseException | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], None]] = {
@@ -118,8 +119,9 @@ class Watch:
     def open(self, task: Supervised) -> None:
         self._number = task.number
         self._pending = None
+        self._task = task  # from here on: a timer that goes off before would be lost
         signal.setitimer(signal.ITIMER_REAL, max(task.remaining_s(), 1e-6))
-        self._task = task
+        self._cancel()
 
     def shut(self) -> None:
         self._task = None
@@ -157,14 +159,16 @@ class Watch:
         except (OSError, pipe.ProtocolViolation):
             return  # none there: somebody else's signal; or a task closed the pipe
         for order in orders:
-            if order.number == self._number:
-                self._obey(order)
+            if order.kind is pipe.OrderKind.CANCEL:
+                self._cancelled = order.number  # it may come before its task may be interrupted
+            elif order.number == self._number:
+                os._exit(EXIT_ORDERED)
+        self._cancel()
 
-    def _obey(self, order: pipe.Order) -> None:
-        if order.kind is pipe.OrderKind.END:
-            os._exit(EXIT_ORDERED)
-        if self._task is not None:
-            self._task.cancelled = True
+    def _cancel(self) -> None:
+        task = self._task
+        if task is not None and task.number == self._cancelled:
+            task.cancelled = True
             self._interrupt(TaskCancelled("the task was cancelled"))
 
     def _on_nothing(self, number: int, frame: FrameType | None) -> None:
