@@ -146,7 +146,7 @@ def context(run: Run, fence: int, supervisor: Supervisor) -> CurrentTask:
         taskname=body.taskname,
         application=body.application,
         attempts=body.attempts,
-        retries_remaining=(run.policy or Retry()).retries_remaining(body.attempts),
+        retries_remaining=run.policy.retries_remaining(body.attempts) if run.policy else 0,
         headers=body.headers,
         processing_deadline_s=body.processing_deadline_s,
         fence=fence,
