@@ -7,10 +7,13 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import async_recorded_tasks as async_tasks
 import pytest
 import recorded_tasks as tasks
 import trio
+from daemons import HERE, install_plugin, python_path
 from history import Produced
 from kill_scene import TOPIC, Scene, make, open_scene
 
@@ -18,16 +21,19 @@ from taskd.admin.wait import get_status
 from taskd.log.base import Outgoing
 from taskd.producer.build import outgoing
 from taskd.rpc.client import connect
+from taskd.tasks.task import Task
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 AN_HOUR_S = 3_600
 
+Made = tuple[Produced, Outgoing]
 
-def delayed() -> tuple[Produced, Outgoing]:
-    call = tasks.noop.to_call(kwargs={"key": "delayed"}, countdown=AN_HOUR_S)
+
+def made(task: Task[..., Any], key: str, countdown: int | None = None, **arguments: str) -> Made:
+    call = task.to_call(kwargs={"key": key, **arguments}, countdown=countdown)
     record = outgoing(call, time.time_ns() // 1_000_000, TOPIC)
-    return Produced("delayed", "delayed", call.id, record.value), record
+    return Produced(key, key, call.id, record.value), record
 
 
 async def known(scene: Scene, *ids: str) -> None:
@@ -54,7 +60,7 @@ async def test_whatever_is_cancelled_ends(tmp_path: Path) -> None:
         running, waiting, later, last = (
             make(rng, "nap", seconds=AN_HOUR_S),
             make(rng, "nap", seconds=AN_HOUR_S),
-            delayed(),
+            made(tasks.noop, "delayed", AN_HOUR_S),
             make(rng, "noop"),
         )
         await scene.produce_these(running)
@@ -79,6 +85,30 @@ async def test_whatever_is_cancelled_ends(tmp_path: Path) -> None:
         began = {line.key for line in scene.lines() if line.word == "START"}
         ended = {line.key for line in scene.lines() if line.word == "END"}
         assert (began, ended) == ({running[0].key, last[0].key}, {last[0].key})
+
+
+async def test_an_async_task_is_cancelled_and_its_neighbour_is_not(tmp_path: Path) -> None:
+    plugin, flag = tmp_path / "async", tmp_path / "flag"
+    install_plugin(plugin, "async-recorded-tasks", "async_recorded_tasks")
+    async with open_scene(tmp_path) as scene:
+        path = python_path(plugin, tmp_path / "plugin", HERE)
+        broker, worker = scene.broker(), scene.worker(slots=1, more={"PYTHONPATH": path})
+        one, other = (made(async_tasks.until, key, flag=str(flag)) for key in ("one", "other"))
+        await scene.produce_these(one, other)
+        for produced, _ in (one, other):
+            await scene.started(produced.key)
+        code, found = await cancel(scene, one[0].id)
+        assert (code, found[0]["effect"]) == (0, "stopping")
+        again = made(async_tasks.until, "again", flag=str(flag))
+        await scene.produce_these(again)
+        await scene.started("again")  # behind the order, on the same stream
+        flag.touch()
+        statuses = await scene.settle()
+        outcomes = {produced.key: statuses[produced.id].outcome for produced in scene.books.produced}
+        assert outcomes == {"one": "dropped", "other": "complete", "again": "complete"}
+        assert await worker.stopped() == 0
+        assert await broker.stopped() == 0
+        assert sorted(line.key for line in scene.lines() if line.word == "END") == ["again", "other"]
 
 
 @pytest.mark.long
