@@ -19,7 +19,7 @@ from taskd.admin.inspect import Inspect
 from taskd.clock import Clock, SystemClock
 from taskd.config import live
 from taskd.config.schema import BrokerConfig
-from taskd.daemon import measure, notify, reload, settings
+from taskd.daemon import measure, notify, reload, settings, status
 from taskd.daemon.certificates import Certificates
 from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
@@ -75,6 +75,7 @@ async def run_broker(
     """
     clock = SystemClock()
     metrics.asyncio_errors_from(lambda: aio.unhandled_errors)
+    notify.tell("STATUS=opening the store")
     with hold_data(config):
         async with aio.open_loop():
             await _run_locked(config, clock, stop, reloads, task_status)
@@ -163,7 +164,10 @@ class Broker:
         self._upkeep = Upkeep(duties, clock)
         self._health = BrokerHealth(clock, self._upkeep, self._feeding, inflight, self._draining, self._push)
         self._unary = UnaryDispatch(inflight, roster, self._draining, hands_out=self._push is None)
-        inflight.observers.append(measure.count)
+        self._status = status.BrokerStatus(
+            inflight.counts, lambda: self._stream.connected_workers, self._draining
+        )
+        inflight.observers += [measure.count, self._status.observe]
         inflight.trace(config.log_level == "debug")
 
     async def run(
@@ -199,6 +203,7 @@ class Broker:
             if self._push is not None:
                 serving.start_soon(self._push.run)
             serving.start_soon(notify.keep_watchdog, self._health.stuck)
+            serving.start_soon(status.keep_status, self._status)
             if reloads is not None:
                 serving.start_soon(reload.follow, reloads, lambda: self._config, self._apply, live.BROKER)
             log.info(

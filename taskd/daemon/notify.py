@@ -1,4 +1,4 @@
-"""Tells systemd how the daemon is: READY, STOPPING, and a watchdog ping while things get on.
+"""Tells systemd how the daemon is: READY, RELOADING, STOPPING, and a watchdog ping while things get on.
 
 systemd names a datagram socket in NOTIFY_SOCKET, and in WATCHDOG_USEC how long it waits between two
 pings before it restarts the service. Without them nothing is told.
@@ -13,16 +13,23 @@ from collections.abc import Callable, Mapping
 import structlog
 import trio
 
+from taskd.clock import monotonic_s
+
 PINGS_PER_TIMEOUT = 3  # a late one does not end the daemon
 
 log = structlog.get_logger("taskd.daemon")
 
 
-def tell(state: str, environ: Mapping[str, str] = os.environ) -> bool:
+def listens(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether there is anybody to tell."""
+    return (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")[:1] in ("/", "@")
+
+
+def tell(state: str, environ: Mapping[str, str] | None = None) -> bool:
     """Send one state such as `READY=1`. False when nobody listens; never raises, never blocks."""
-    address = environ.get("NOTIFY_SOCKET", "")
-    if address[:1] not in ("/", "@"):
+    if not listens(environ):
         return False
+    address = (os.environ if environ is None else environ)["NOTIFY_SOCKET"]
     if address.startswith("@"):
         address = "\0" + address[1:]  # Linux's abstract names
     try:
@@ -36,12 +43,17 @@ def tell(state: str, environ: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
-async def keep_watchdog(trouble: Callable[[], str], environ: Mapping[str, str] = os.environ) -> None:
+def reloading() -> None:
+    """The configuration is read again; `tell("READY=1")` ends it."""
+    tell(f"RELOADING=1\nMONOTONIC_USEC={int(monotonic_s() * 1e6)}")
+
+
+async def keep_watchdog(trouble: Callable[[], str], environ: Mapping[str, str] | None = None) -> None:
     """Ping while `trouble()` is empty, until cancelled. Without a ping systemd ends and restarts us.
 
     A loop that is stuck does not ping either.
     """
-    timeout_s = _timeout_s(environ)
+    timeout_s = _timeout_s(os.environ if environ is None else environ)
     if timeout_s is None:
         return
     silent = ""

@@ -13,6 +13,7 @@ import structlog
 
 from taskd.config import live
 from taskd.config.schema import Section
+from taskd.daemon import notify
 from taskd.errors import ConfigError
 
 C = TypeVar("C", bound=Section)
@@ -34,17 +35,26 @@ async def follow(
     apply: Callable[[C], None],
     live_keys: Collection[str],
 ) -> None:
-    """Reload whenever asked, until cancelled. `running` is what holds now; `apply` makes another hold."""
+    """Reload whenever asked, until cancelled; for a daemon that is ready, and is told to be so again.
+
+    `running` is what holds now; `apply` makes another hold.
+    """
     async for _ in reloads.asked:
-        config = reloaded(reloads.load, running(), live_keys)
-        if config is None:
-            continue
-        try:
-            apply(config)
-        except Exception:  # whatever it was: SIGHUP never stops a daemon
-            log.exception("configuration not wholly applied; restart when it suits")
-        else:
-            log.info("configuration reloaded")
+        notify.reloading()
+        _reload(reloads, running(), apply, live_keys)
+        notify.tell("READY=1")
+
+
+def _reload(reloads: Reloads[C], running: C, apply: Callable[[C], None], live_keys: Collection[str]) -> None:
+    config = reloaded(reloads.load, running, live_keys)
+    if config is None:
+        return
+    try:
+        apply(config)
+    except Exception:  # whatever it was: SIGHUP never stops a daemon
+        log.exception("configuration not wholly applied; restart when it suits")
+    else:
+        log.info("configuration reloaded")
 
 
 def reloaded(load: Callable[[], C], running: C, live_keys: Collection[str]) -> C | None:

@@ -8,10 +8,10 @@ from taskd import aio
 from taskd.config import live
 from taskd.config.loader import pool_of
 from taskd.config.schema import WorkerConfig
-from taskd.daemon import notify, reload
+from taskd.daemon import notify, reload, status
 from taskd.daemon.reload import Reloads
 from taskd.telemetry.logs import setup_logging
-from taskd.worker.pool import run_pool
+from taskd.worker.pool import Pool, run_pool
 
 
 async def run_worker(
@@ -29,18 +29,21 @@ async def run_worker(
     """
     section = pool_of(config, pool)
 
-    async def run(task_status: trio.TaskStatus[None]) -> None:
+    async def run(task_status: trio.TaskStatus[Pool]) -> None:
         await run_pool(section, pool, stop=stop, task_status=task_status)
 
+    notify.tell(f"STATUS=starting {section.slots} slots")
     async with aio.open_loop(), trio.open_nursery() as around:
         around.start_soon(_tell_stopping, stop)
-        around.start_soon(notify.keep_watchdog, lambda: "")
-        if reloads is not None:
-            around.start_soon(_follow, reloads, config)
         async with trio.open_nursery() as working:
-            warm = await working.start(run)
-            notify.tell("READY=1")
-            task_status.started(warm)
+            warm: Pool = await working.start(run)
+            if not stop.is_set():
+                notify.tell("READY=1")
+            around.start_soon(notify.keep_watchdog, warm.stuck)
+            around.start_soon(status.keep_status, status.WorkerStatus(warm, stop))
+            if reloads is not None:
+                around.start_soon(_follow, reloads, config)
+            task_status.started()
         around.cancel_scope.cancel()
 
 

@@ -41,6 +41,7 @@ GOODBYE_WITHIN_S = 2.0
 KILL_WITHIN_S = 2.0  # for the end of processes that were killed
 TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is ended, and reported within the grace
 LATE_ROUND_S = 0.5
+STUCK_AFTER_S = 60.0  # longer than a slot may take to end what must end
 MAX_UNTAKEN = 10_000  # a broker that takes no results gives no work
 
 
@@ -149,6 +150,35 @@ class Pool:
             PullLink(address, config, backlog, turns, connect=call, on_change=changed, rng=rng)
             for address in dict.fromkeys(config.brokers)
         ]
+
+    # ---- what systemd is told
+
+    @property
+    def capacity(self) -> int:
+        return len(self.slots) + sum(slot.capacity for slot in self.async_part.slots)
+
+    @property
+    def running(self) -> int:
+        return len(self._backlog.running)
+
+    @property
+    def waiting(self) -> int:
+        return self._backlog.jobs_count - self.running
+
+    @property
+    def ended(self) -> int:
+        return self.statistics().ended
+
+    @property
+    def brokers(self) -> tuple[int, int]:
+        """Connected, and all."""
+        return sum(link.connected for link in self.links), len(self.links)
+
+    def stuck(self) -> str:
+        """What a restart may mend, in words: no slot ends what should have ended long ago."""
+        now = trio.current_time()
+        overdue_s = min(slot.overdue_s(now) for slot in self.slots)
+        return f"every slot is overdue, for {overdue_s:.0f} s at least" if overdue_s > STUCK_AFTER_S else ""
 
     def statistics(self) -> PoolStatistics:
         async_slots = self.async_part.slots

@@ -107,6 +107,10 @@ class Slot:
             remaining_s += max(self._must_end_at - now, 0.0) if number == self._running else job.deadline_s
         return remaining_s
 
+    def overdue_s(self, now: float) -> float:
+        """For how long the running task should be over, all graces included; 0 or less: not yet."""
+        return 0.0 if self._running is None else now - self._must_end_at - self._graces.total_s
+
     def wake(self) -> None:
         """There may be work."""
         self._wake.set()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import dataclass
 
 import pytest
 import trio
 import trio.testing
 
-from taskd.daemon import notify
+from taskd.activation.lifecycle import Event, Status
+from taskd.daemon import notify, status
+from taskd.inflight.sqlite import Changes
 
 
 @pytest.fixture
@@ -74,3 +77,63 @@ async def test_no_watchdog_no_pings(usec):
 
 async def test_a_watchdog_of_another_process_is_not_ours():
     await notify.keep_watchdog(lambda: "", {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"})
+
+
+async def test_the_status_is_told_when_it_changed_and_not_too_often(manager, autojump_clock):
+    environ, heard = manager
+    lines = iter(["a", "a", "b", "b"])
+    line = ""
+
+    def describe() -> str:
+        nonlocal line
+        line = next(lines, line)
+        return line
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(status.keep_status, describe, environ)
+        await trio.sleep(1)
+        assert heard() == [b"STATUS=a"]
+        await trio.sleep(status.EVERY_S)
+        assert heard() == []
+        await trio.sleep(status.EVERY_S)
+        assert heard() == [b"STATUS=b"]
+        await trio.sleep(1_000)
+        assert heard() == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_nobody_listens_to_the_status():
+    await status.keep_status(lambda: pytest.fail("nobody asked"), {})
+
+
+@dataclass
+class Part:
+    capacity: int = 4
+    running: int = 3
+    waiting: int = 12
+    ended: int = 0
+    brokers: tuple[int, int] = (2, 2)
+
+
+async def test_a_worker_s_line(autojump_clock):
+    part, stop = Part(), trio.Event()
+    describe = status.WorkerStatus(part, stop)
+    part.ended = 850
+    await trio.sleep(10)
+    assert describe() == "4 slots, 3 running, 12 waiting, 85 tasks/s, 2 of 2 brokers connected"
+    stop.set()
+    assert describe().startswith("draining: 4 slots, 3 running, 12 waiting, 0 tasks/s")
+
+
+async def test_a_broker_s_line(autojump_clock):
+    counts = {Status.PENDING: 5, Status.DELAYED: 2, Status.PROCESSING: 3, Status.GONE: 99}
+    describe = status.BrokerStatus(lambda: counts, lambda: 2, trio.Event())
+    changes = Changes()
+    changes.events[Event.ARRIVED, Status.PENDING] = 100
+    changes.events[Event.ARRIVED_DELAYED, Status.DELAYED] = 20
+    changes.events[Event.HANDED_OUT, Status.PROCESSING] = 70
+    changes.events[Event.COMPLETED, Status.COMPLETE] = 40
+    changes.events[Event.SETTLED, Status.GONE] = 40
+    describe.observe(changes)
+    await trio.sleep(4)
+    assert describe() == "7 waiting, 3 with workers, 30/s come, 10/s end, 2 workers connected"
