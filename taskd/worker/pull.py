@@ -2,7 +2,8 @@
 
 A fetch is made only into a slot that is free and is not promised to another fetch. A broker that has
 nothing is asked at growing intervals; one that has something is asked by twice as many calls each time,
-until the slots are full. Where several have work, each gets the next free slot in turn.
+until the slots are full. Where several have work, each gets the next free slot in turn. One that cannot
+be reached is looked for, which keeps no slot from the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 
 from taskd.config.schema import PoolSection
 from taskd.errors import PeerError, Refused, Undecodable
+from taskd.rpc.health import CHECK
 from taskd.wire import consumer
 from taskd.wire.consumer import Filter
 from taskd.wire.envelope import scan
@@ -89,13 +91,20 @@ class PullLink(PlainLink):
         self._idle_until = float("-inf")
         self._under_way = 0  # calls that may bring a task
         self._width = 1
+        self._is_reached = False  # else it is looked for first, which keeps no slot waiting
+        self._is_looking = False
         turns.links.append(self)
 
     def wants_more(self) -> bool:
         """Whether it would fetch if it had a slot."""
-        if self._backlog.closed or self._under_way >= self._width:
+        if not self._is_reached or self._backlog.closed or self._under_way >= self._width:
             return False
         return trio.current_time() >= max(self._idle_until, self._fetching.until)
+
+    def _must_look(self) -> bool:
+        if self._is_reached or self._is_looking or self._backlog.closed:
+            return False
+        return trio.current_time() >= self._fetching.until
 
     def _begin(self, calls: trio.Nursery, client: Caller) -> bool:
         may_report = self._reporting.due(trio.current_time())
@@ -106,6 +115,10 @@ class PullLink(PlainLink):
             result = self._reporting.begin(1)[0] if may_report else None
             calls.start_soon(self._fetch, client, result)
             self._on_change()  # another link may be next for what is left
+            return True
+        if self._must_look():
+            self._is_looking = True
+            calls.start_soon(self._look, client)
             return True
         if may_report and not self._reporting.under_way:
             calls.start_soon(self._report, client, self._reporting.begin(MAX_RESULTS_PER_CALL))
@@ -124,6 +137,18 @@ class PullLink(PlainLink):
 
     async def _report(self, client: Caller, results: list[Result]) -> None:
         await self._reporting.send(client, results)
+        self._note()
+
+    async def _look(self, client: Caller) -> None:
+        """Whether anybody answers there; what, does not matter."""
+        try:
+            await client.call(CHECK, b"", timeout_s=CALL_WITHIN_S)
+            self._is_reached = True
+        except Refused:
+            self._is_reached = True
+        except PeerError as error:
+            self._fetching.failed(str(error))
+        self._is_looking = False
         self._note()
 
     async def _fetch(self, client: Caller, result: Result | None) -> None:
@@ -145,6 +170,7 @@ class PullLink(PlainLink):
         except (PeerError, Undecodable) as error:
             self._fetching.failed(str(error))
             self._width = 1
+            self._is_reached = isinstance(error, Refused | Undecodable)
         self._note()
 
     async def _get_task(self, client: Caller, wanted: Filter) -> bytes:

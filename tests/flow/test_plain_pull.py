@@ -19,6 +19,7 @@ from taskd.activation.lifecycle import Status
 from taskd.config.schema import PoolSection
 from taskd.errors import PeerTimeout, PeerUnavailable, PeerUnreachable, Refused
 from taskd.rpc.base import Reply, Unary
+from taskd.rpc.health import CHECK
 from taskd.wire import consumer
 from taskd.wire.envelope import scan
 from taskd.wire.frames import Result, ResultStatus
@@ -66,6 +67,8 @@ class Way:
         raise PeerTimeout
 
     async def _answer(self, path: str, body: bytes) -> bytes:
+        if path == CHECK:
+            raise Refused("UNIMPLEMENTED")  # it answers, and that is all that is asked
         service = self.broker.unary.services[path]
         assert isinstance(service, Unary)
         try:
@@ -414,6 +417,38 @@ async def test_two_brokers_share_one_slot_and_an_unreachable_third_costs_nothing
             assert len(gone.calls) < 15
         assert await outcomes(second, [f"b{number}" for number in range(50)]) == {"complete": 50}
     assert await outcomes(broker, [f"a{number}" for number in range(50)]) == {"complete": 50}
+
+
+async def test_a_broker_behind_a_black_hole_keeps_no_slot_from_the_others(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    await produce(broker, *[f"t{number}" for number in range(100)])
+    hole = Way(broker)
+    hole.delay_s = float("inf")
+    async with working(Way(broker), hole, slots=1) as worker:
+        worker.seconds = lambda id_: 1
+        await worker.until(lambda: len(worker.started) == 100)
+        assert trio.current_time() < 110
+        assert hole.count(GET) == 0
+        assert hole.count(CHECK) < 15
+
+
+async def test_a_call_that_hangs_at_a_broker_that_was_reached_is_made_seldom(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    """Its health is fine, but fetching hangs: nobody knows before the slot was kept waiting."""
+
+    class Hangs(Way):
+        async def _answer(self, path: str, body: bytes) -> bytes:
+            if path == GET:
+                await trio.sleep_forever()
+            return await super()._answer(path, body)
+
+    way = Hangs(broker)
+    async with working(way, slots=4):
+        await trio.sleep(200)
+        assert 10 <= way.count(GET) <= 20
+        assert way.most_at_once == 1
 
 
 async def test_what_cannot_be_read_is_left_to_its_lease_and_the_rest_goes_on(
