@@ -155,7 +155,13 @@ class Broker:
             parks_unknown=config.dispatch.unknown_tasks == "park",
         )
         self._operators = Operators(
-            config, clock, inflight, activation_logs, self._feeding.append, self._stream.stop_leases
+            config,
+            clock,
+            inflight,
+            activation_logs,
+            self._feeding.append,
+            self._stream.stop_leases,
+            publisher.forbidden,
         )
         duties += self._operators.duties
         if evacuates:

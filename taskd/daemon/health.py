@@ -10,7 +10,7 @@ from taskd.clock import Clock
 from taskd.daemon.feeding import Feeding
 from taskd.dispatch.push import PushDispatch
 from taskd.inflight.writer import Inflight
-from taskd.upkeep.duties import Upkeep
+from taskd.upkeep.duties import Duty, Upkeep
 from taskd.web.health import PartHealth
 
 STUCK_AFTER_MS = 30_000  # every part gets on at least every few seconds, also when there is nothing to do
@@ -56,7 +56,7 @@ class BrokerHealth:
             return ""
         reader, ingest = self._feeding.reader, self._feeding.ingest
         found = {
-            duty.name: self._stuck(duty.last_progress_mono_ms, duty.every_s())
+            duty.name: self._resting_too_long(duty)
             for duty in self._upkeep.duties
             if not duty.publishes and not duty.failing
         }
@@ -96,9 +96,12 @@ class BrokerHealth:
         troubles = [
             f"{duty.name}: {trouble}"
             for duty in self._upkeep.duties
-            if (trouble := duty.failing or self._stuck(duty.last_progress_mono_ms, duty.every_s()))
+            if (trouble := duty.failing or duty.trouble() or self._resting_too_long(duty))
         ]
         return PartHealth(not troubles, "; ".join(troubles))
+
+    def _resting_too_long(self, duty: Duty) -> str:
+        return self._stuck(duty.last_progress_mono_ms, duty.every_s())
 
     def _stuck(self, last_progress_mono_ms: int, rests_s: float = 0) -> str:
         """In words; "" while it is within the time it may rest and be busy."""

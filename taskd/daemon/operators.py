@@ -20,6 +20,7 @@ from taskd.log.base import Log, Publish
 from taskd.rpc.base import Services
 from taskd.rpc.server import serve_unix
 from taskd.upkeep.duties import Duty
+from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.upkeep.switches import StopLeases, switch_duties
 
 SOCKET_FILE = "admin.sock"
@@ -43,6 +44,7 @@ class Operators:
         own_logs: Mapping[str, Log],
         own: Publish,
         stop_leases: StopLeases,
+        forbidden: ForbiddenRows,
     ) -> None:
         self._config = config
         orders, cancels = Orders(inflight, clock), CancelOrders(inflight, stop_leases)
@@ -59,6 +61,7 @@ class Operators:
             self._demoting.append,
             clock,
             stop_leases,
+            forbidden,
             limit=config.upkeep.max_rows_per_round,
             every_s=lambda: self._config.upkeep.interval_s,
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),

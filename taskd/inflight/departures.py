@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taskd.activation.lifecycle import Event, Status
@@ -10,6 +10,7 @@ from taskd.clock import Now
 from taskd.inflight.base import Leaving, Left, Outcome, Settlement
 from taskd.inflight.sqlite import SqliteStore
 
+FORBIDDEN = "forbidden: "  # before the reason of rows that are set aside only until somebody allows them
 MAX_LEAVING_BYTES = 16 * 1024 * 1024  # of activations read for one round of publishing
 
 OUTCOMES = {
@@ -170,6 +171,23 @@ class Departures:
     def stick(self, id_: str, why: str) -> None:
         """What follows this row can never be published: keep it, out of the way."""
         self._store.run("stick", why, id_)
+
+    def set_aside(self, rows: Mapping[str, str]) -> None:
+        """What follows these rows, by id, may not be published for now, and why: keep them out of the way."""
+        for id_, why in rows.items():
+            self.stick(id_, FORBIDDEN + why)
+
+    def first_set_aside(self) -> dict[str, str]:
+        """Take back one row for each reason, so that it is tried again. Returns the reasons by id."""
+        found = {id_: why.removeprefix(FORBIDDEN) for id_, why in self._store.run("forbidden").fetchall()}
+        for why in found.values():
+            self.take_back(why, 1)
+        return found
+
+    def take_back(self, why: str, limit: int) -> int:
+        """Have rows that were set aside for this reason published after all. Returns how many."""
+        self._store.run("unstick", FORBIDDEN + why, limit)
+        return int(self._store.db.changes())
 
     def forget(self, older_than_ms: int, max_count: int, limit: int) -> int:
         """Drop tombstones from before `older_than_ms` (wall) and beyond `max_count`. Returns how many."""

@@ -208,6 +208,15 @@ SELECT row, status, lane, reason, error FROM inflight WHERE id = ? AND status <>
 -- name: stick
 UPDATE inflight SET stuck = ? WHERE id = ? AND status <> 12
 
+-- name: forbidden
+SELECT id, stuck FROM inflight WHERE row IN (
+  SELECT min(row) FROM inflight WHERE stuck >= 'forbidden: ' AND stuck < 'forbidden;' AND status <> 12
+  GROUP BY stuck)
+
+-- name: unstick
+UPDATE inflight SET stuck = NULL WHERE row IN (
+  SELECT row FROM inflight WHERE stuck = ? AND status <> 12 LIMIT ?)
+
 -- name: cancelling
 SELECT row, status, lane, fence, holder, outcome, continued_as, retry_attempts FROM inflight WHERE id = ?
 

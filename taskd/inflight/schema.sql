@@ -70,7 +70,7 @@ CREATE TABLE inflight (
   reason            TEXT,
   error             TEXT,
   forward_topic     TEXT,             -- where a forwarded row is published; NULL: the topic it came from
-  stuck             TEXT,             -- why its retry or dead letter can never be published
+  stuck             TEXT,             -- why its retry or dead letter cannot be published
   outcome           TEXT,             -- once gone: complete, failed, retried, expired, dropped
   continued_as      TEXT,             -- id of the retry
   dead_lettered     INTEGER NOT NULL DEFAULT 0,
@@ -86,6 +86,7 @@ CREATE INDEX inflight_leases   ON inflight (lease_end_mono_ms) WHERE lease_end_m
 CREATE INDEX inflight_claims   ON inflight (lease_end_mono_ms) WHERE status = 4;
 CREATE INDEX inflight_parked   ON inflight (lane, seq)         WHERE status = 3;
 CREATE INDEX inflight_holders  ON inflight (holder)            WHERE status = 5;
+CREATE INDEX inflight_stuck    ON inflight (stuck)             WHERE stuck IS NOT NULL;
 CREATE INDEX inflight_leaving  ON inflight (row)               WHERE status BETWEEN 7 AND 11 AND stuck IS NULL;
 CREATE INDEX inflight_gone     ON inflight (finished_at_ms)    WHERE status = 12;
 

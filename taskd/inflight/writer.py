@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -232,6 +232,15 @@ class Inflight:
 
     async def stick(self, id_: str, why: str) -> None:
         await self._submit(lambda now: self._departures.stick(id_, why))
+
+    async def set_aside(self, rows: Mapping[str, str]) -> None:
+        await self._submit(lambda now: self._departures.set_aside(rows))
+
+    async def first_set_aside(self) -> dict[str, str]:
+        return await self._submit(lambda now: self._departures.first_set_aside())
+
+    async def take_back(self, why: str, limit: int) -> int:
+        return await self._submit(lambda now: self._departures.take_back(why, limit))
 
     async def forget(self, ttl_ms: int, max_count: int, limit: int) -> int:
         return await self._submit(lambda now: self._departures.forget(now.wall_ms - ttl_ms, max_count, limit))

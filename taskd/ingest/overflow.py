@@ -11,7 +11,7 @@ import trio
 from taskd.activation.lifecycle import WAITING
 from taskd.inflight.base import Arrival
 from taskd.inflight.writer import Inflight
-from taskd.log.base import Outgoing, Publish, Rejected
+from taskd.log.base import Forbidden, Outgoing, Publish, Rejected
 from taskd.telemetry import metrics
 
 RETRY_S = (0.2, 10.0)  # first and longest pause after the overflow topic took no record
@@ -100,7 +100,7 @@ class Overflow:
             progress()
             again = []
             for arrival, answer in zip(left, answers, strict=True):
-                if isinstance(answer, Rejected):
+                if isinstance(answer, (Rejected, Forbidden)):
                     log.error(
                         "overflow topic refuses a record; stored instead", id=arrival.id, why=str(answer)
                     )

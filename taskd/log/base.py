@@ -137,13 +137,18 @@ class Writer(Protocol):
         """Append and wait until durable. One answer for each record, in order.
 
         An Exception in the answer is that record's own: LogUnavailable when trying again is right,
-        `Rejected` when it never can succeed. Never raises for a record.
+        `Forbidden` when somebody has to allow it first, `Rejected` when it never can succeed.
+        Never raises for a record.
         """
         ...
 
 
 class Rejected(Exception):
-    """The log will never take this record: too large, or writing there is forbidden."""
+    """The log will never take this record: it is too large, or its topic has no possible name."""
+
+
+class Forbidden(Exception):
+    """We may not write to this topic until an operator allows it. The text is the same for each record."""
 
 
 class Log(Protocol):

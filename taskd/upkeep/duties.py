@@ -26,7 +26,7 @@ class Duty:
     """One entry of the table. `round` handles at most `limit` rows and returns how many it handled.
 
     A round begins every `every_s()` seconds, and at once when `wake` is set. One that `publishes` waits
-    for the log, which may be away for long.
+    for the log, which may be away for long. `trouble`: what an operator has to mend although rounds succeed.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Duty:
     every_s: Callable[[], float]
     wake: Wake | None = None
     publishes: bool = False
+    trouble: Callable[[], str] = lambda: ""
     failing: str = ""
     last_progress_mono_ms: int = 0
 

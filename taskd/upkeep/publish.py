@@ -13,8 +13,9 @@ from taskd.clock import Clock, Now
 from taskd.errors import LogUnavailable
 from taskd.inflight.base import Leaving, Settlement
 from taskd.inflight.writer import Inflight
-from taskd.log.base import Headers, Outgoing, Publish, Rejected
+from taskd.log.base import Forbidden, Headers, Outgoing, Publish, Rejected
 from taskd.telemetry import metrics
+from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.wire.envelope import next_attempt, with_received_at
 
 log = structlog.get_logger("taskd.upkeep")
@@ -44,6 +45,7 @@ class Publisher:
         limit: int,
         strict_order_namespaces: frozenset[str] = frozenset(),
     ) -> None:
+        self.forbidden = ForbiddenRows(inflight, limit=limit)
         self._inflight = inflight
         self._publish = publish
         self._clock = clock
@@ -58,19 +60,24 @@ class Publisher:
             return 0
         now = self._clock.now()
         answers = await self._publish([self._outgoing(row, now) for row in rows])
-        settled, unavailable = [], None
+        settled, forbidden, unavailable = [], {}, None
         for row, answer in zip(rows, answers, strict=True):
             if isinstance(answer, Rejected):
                 log.error("can never be published; kept in the store", id=row.id, why=str(answer))
                 await self._inflight.stick(row.id, str(answer))
+            elif isinstance(answer, Forbidden):
+                forbidden[row.id] = str(answer)
             elif isinstance(answer, Exception):
                 unavailable = answer
             else:
                 settled.append(_settlement(row))
         await self._inflight.settle(settled)
+        self.forbidden.taken([settlement.id for settlement in settled])
+        await self.forbidden.refused(forbidden)
         _count(rows, {settlement.id: settlement for settlement in settled})
         if unavailable is not None:
-            raise LogUnavailable(f"{len(rows) - len(settled)} records could not be published: {unavailable}")
+            left = len(rows) - len(settled) - len(forbidden)
+            raise LogUnavailable(f"{left} records could not be published: {unavailable}")
         return len(rows)
 
     def _outgoing(self, row: Leaving, now: Now) -> Outgoing:

@@ -13,9 +13,10 @@ from taskd.errors import LogUnavailable
 from taskd.inflight.base import Leaving, Ref, Settlement
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
-from taskd.log.base import Outgoing, Publish, Rejected
+from taskd.log.base import Forbidden, Outgoing, Publish, Rejected
 from taskd.telemetry import audit, metrics
 from taskd.upkeep.duties import Duty
+from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.wire.envelope import with_received_at
 
 LOOK_AGAIN_MS = 30_000  # rows that came back since the last look are looked at so often
@@ -83,10 +84,12 @@ class Forwarding:
         self,
         inflight: Inflight,
         publish: Publish,
+        forbidden: ForbiddenRows,
         *,
         limit: int,
         strict_order_namespaces: frozenset[str] = frozenset(),
     ) -> None:
+        self._forbidden = forbidden
         self._inflight = inflight
         self._publish = publish
         self._limit = limit
@@ -99,19 +102,24 @@ class Forwarding:
             return 0
         topic = self._inflight.demoted_to.topic
         answers = await self._publish([self._outgoing(row, topic) for row in rows])
-        settled, unavailable = [], None
+        settled, forbidden, unavailable = [], {}, None
         for row, answer in zip(rows, answers, strict=True):
             if isinstance(answer, Rejected):
                 log.error("can never be forwarded; kept in the store", id=row.id, why=str(answer))
                 await self._inflight.stick(row.id, str(answer))
+            elif isinstance(answer, Forbidden):
+                forbidden[row.id] = str(answer)
             elif isinstance(answer, Exception):
                 unavailable = answer
             else:
                 settled.append(Settlement(row.id))
         await self._inflight.settle(settled)
+        self._forbidden.taken([settlement.id for settlement in settled])
+        await self._forbidden.refused(forbidden)
         metrics.demoted.inc(len(settled))
         if unavailable is not None:
-            raise LogUnavailable(f"{len(rows) - len(settled)} rows not forwarded to {topic}: {unavailable}")
+            left = len(rows) - len(settled) - len(forbidden)
+            raise LogUnavailable(f"{left} rows not forwarded to {topic}: {unavailable}")
         return len(rows)
 
     def _outgoing(self, row: Leaving, topic: str) -> Outgoing:
@@ -124,6 +132,7 @@ def switch_duties(
     publish: Publish,
     clock: Clock,
     stop_leases: StopLeases,
+    forbidden: ForbiddenRows,
     *,
     limit: int,
     every_s: Callable[[], float],
@@ -140,7 +149,9 @@ def switch_duties(
         return 0
 
     looking = RowsUnderSwitches(inflight, clock, stop_leases, limit=limit)
-    forwarding = Forwarding(inflight, publish, limit=limit, strict_order_namespaces=strict_order_namespaces)
+    forwarding = Forwarding(
+        inflight, publish, forbidden, limit=limit, strict_order_namespaces=strict_order_namespaces
+    )
     return [
         Duty("end_switches", end, limit, every_s, inflight.watch_switches()),
         Duty("apply_switches", looking.round, limit, every_s, inflight.watch_switches()),

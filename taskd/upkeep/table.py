@@ -114,6 +114,7 @@ def broker_duties(
     leaving = inflight.watch(Status.RETRY, Status.FAILURE, Status.EXPIRED, Status.FORWARDED)
     return [
         Duty("publish", publisher.round, limit, every_s, leaving, publishes=True),
+        publisher.forbidden.duty,
         Duty("become_due", become_due, limit, every_s),
         Duty("expire", expire, limit, every_s),
         Duty("end_overdue", end_overdue, limit, every_s),

@@ -17,6 +17,7 @@ from taskd.ingest.backpressure import Limits
 from taskd.log.base import Outgoing, Position
 from taskd.testing.clock import TrioClock
 from taskd.upkeep.duties import Duty, Upkeep
+from taskd.upkeep.forbidden import ForbiddenRows
 
 
 async def test_reading_goes_on_when_a_limit_is_raised(
@@ -75,7 +76,8 @@ async def test_the_duties_of_switches_keep_the_interval_that_holds(
         return []
 
     config = BrokerConfig.model_validate({"upkeep": {"interval_s": 3}})
-    operators = Operators(config, broker.clock, broker.inflight, {}, append, lambda leases: None)
+    forbidden = ForbiddenRows(broker.inflight, limit=10)
+    operators = Operators(config, broker.clock, broker.inflight, {}, append, lambda leases: None, forbidden)
     assert {duty.every_s() for duty in operators.duties} == {3}
     operators.reload(BrokerConfig.model_validate({"upkeep": {"interval_s": 0.5}}))
     assert {duty.every_s() for duty in operators.duties} == {0.5}

@@ -21,6 +21,7 @@ from taskd.inflight.switches import DemotedTo
 from taskd.log.base import Outgoing, Position
 from taskd.rpc.base import Unary
 from taskd.upkeep.duties import Upkeep
+from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.upkeep.switches import switch_duties
 from taskd.wire import frames
 from taskd.wire.protobuf import text_field
@@ -61,6 +62,7 @@ async def open_operator(broker: Any, publish: Any = None) -> AsyncIterator[Opera
         publish or nowhere,
         broker.clock,
         broker.stream.stop_leases,
+        ForbiddenRows(broker.inflight, limit=10),
         limit=10,
         every_s=lambda: 1.0,
     )

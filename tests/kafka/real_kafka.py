@@ -173,6 +173,9 @@ class ApacheKafka:
             "transaction.state.log.min.isr=1",
             "group.initial.rebalance.delay.ms=0",
             "auto.create.topics.enable=false",
+            "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users=User:ANONYMOUS",  # all on the plaintext listener, and the cluster itself
+            "allow.everyone.if.no.acl.found=true",
             "sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
             "ssl.keystore.type=PEM",
             f"ssl.keystore.location={self._folder}/server.both.pem",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 import trio
 from real_kafka import Listeners
 
-from taskd import aio
+from taskd import aio  # isort: skip  # before aiokafka: it replaces functions of asyncio
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
+
 from taskd.errors import ConfigError, LogUnavailable
-from taskd.log.base import Outgoing, Position
+from taskd.log.base import Forbidden, Outgoing, Position
 from taskd.log.kafka import KafkaLog, Security
 
 WITHIN_S = 30
@@ -75,6 +81,48 @@ async def test_wrong_credentials_are_an_outage_and_no_end(
     async with aio.open_loop(), KafkaLog(address, security=security).open_writer() as writer:
         (answer,) = await writer.append([Outgoing("t", b"x")])
     assert isinstance(answer, LogUnavailable)
+
+
+async def test_what_is_forbidden_is_told_from_what_is_hopeless_and_may_be_allowed(
+    listeners: Listeners,
+) -> None:
+    topic = f"t-{uuid4().hex}"
+    async with aio.open_loop():
+        log = KafkaLog(listeners.sasl_plaintext, security=login("SASL_PLAINTEXT", "PLAIN", listeners))
+        await log.ensure_topics({topic: 1})
+        async with log.open_writer() as writer:
+            (answer,) = await writer.append([Outgoing(topic, b"x")])
+            assert isinstance(answer, Position)
+            await access(listeners, CreateAclsRequest, topic)  # somebody else's from now on
+            expected = f"Kafka does not allow us to write to topic {topic}: TopicAuthorizationFailedError"
+            with trio.fail_after(WITHIN_S):
+                while isinstance(answer, Position):  # brokers hear of it a moment later
+                    (answer,) = await writer.append([Outgoing(topic, b"x")])
+            assert isinstance(answer, Forbidden)
+            assert str(answer) == expected
+        async with log.open_writer() as writer:  # one that never could
+            answers = await writer.append([Outgoing(topic, b"x") for _ in range(3)])
+            assert [str(answer) for answer in answers] == [expected] * 3
+            await access(listeners, DeleteAclsRequest, topic)
+            with trio.fail_after(WITHIN_S):
+                while not isinstance(answer, Position):
+                    (answer,) = await writer.append([Outgoing(topic, b"x")])
+
+
+async def access(listeners: Listeners, request: Callable[..., Any], topic: str) -> None:
+    """Make only a user `nobody` a writer of this topic, or take that back."""
+    any_host, is_topic, literal, write, allow = "*", 2, 3, 4, 3
+
+    async def change() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=listeners.plaintext)
+        await admin.start()
+        try:
+            rule = (is_topic, topic, literal, "User:nobody", any_host, write, allow)
+            await admin._client.send(admin._client.get_random_node(), request(*rule))
+        finally:
+            await admin.close()
+
+    await aio.call(change)
 
 
 def test_files_that_cannot_be_used_are_a_matter_of_configuration(tmp_path: Path) -> None:

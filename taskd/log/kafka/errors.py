@@ -20,14 +20,15 @@ FOREIGN = (
 HOPELESS = (
     errors.MessageSizeTooLargeError,
     errors.RecordListTooLargeError,
-    errors.TopicAuthorizationFailedError,
-    errors.ClusterAuthorizationFailedError,
     errors.InvalidTopicError,
     errors.InvalidTimestampError,
     errors.PolicyViolationError,
     errors.UnsupportedForMessageFormatError,
 )
 """A record that was answered so will be answered so again."""
+
+FORBIDDEN = (errors.TopicAuthorizationFailedError, errors.ClusterAuthorizationFailedError)
+"""Operators can mend that while we run."""
 
 NO_IDEMPOTENCE = (
     errors.ClusterAuthorizationFailedError,

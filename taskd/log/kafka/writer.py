@@ -15,8 +15,8 @@ import asyncio
 from aiokafka import AIOKafkaProducer, errors
 
 from taskd.errors import LogUnavailable
-from taskd.log.base import Outgoing, Partition, Position, Rejected
-from taskd.log.kafka.errors import FOREIGN, HOPELESS
+from taskd.log.base import Forbidden, Outgoing, Partition, Position, Rejected
+from taskd.log.kafka.errors import FORBIDDEN, FOREIGN, HOPELESS
 from taskd.log.kept import Kept
 from taskd.log.limits import refusal
 
@@ -58,7 +58,7 @@ class KafkaWriter:
                 if answers[number] is not None:
                     continue
                 if record.topic in broken:
-                    answers[number] = self._answer(broken[record.topic])
+                    answers[number] = self._answer(broken[record.topic], record.topic)
                     continue
                 try:
                     future = await producer.send(
@@ -68,7 +68,7 @@ class KafkaWriter:
                 except FOREIGN as error:
                     if not isinstance(error, errors.MessageSizeTooLargeError):
                         broken[record.topic] = error
-                    answers[number] = self._answer(error)
+                    answers[number] = self._answer(error, record.topic)
             # One after the other: those of one Kafka batch are done together, and a callback each is dear.
             for _, future in waiting:
                 with suppress(*FOREIGN):
@@ -76,18 +76,20 @@ class KafkaWriter:
         finally:
             for number, future in waiting:
                 if not future.cancel():  # it is done
-                    answers[number] = self._outcome(future)
+                    answers[number] = self._outcome(future, records[number].topic)
 
-    def _outcome(self, future: asyncio.Future[Any]) -> Position | Exception | None:
+    def _outcome(self, future: asyncio.Future[Any], topic: str) -> Position | Exception | None:
         if future.cancelled():
             return None
         error = future.exception()
         if error is not None:
-            return self._answer(error)
+            return self._answer(error, topic)
         done = future.result()
         return Position(Partition(done.topic, done.partition), done.offset)
 
-    def _answer(self, error: BaseException) -> Exception:
+    def _answer(self, error: BaseException, topic: str) -> Exception:
+        if isinstance(error, FORBIDDEN):
+            return Forbidden(f"Kafka does not allow us to write to topic {topic}: {type(error).__name__}")
         if isinstance(error, HOPELESS):
             return Rejected(f"Kafka will never take the record: {error}")
         if not getattr(error, "retriable", True):
