@@ -24,7 +24,10 @@ class WorkerPart(Protocol):
     @property
     def waiting(self) -> int: ...
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> tuple[int, int]:
+        """Slots, and places for async tasks."""
+        ...
+
     @property
     def brokers(self) -> tuple[int, int]:
         """Connected, and all."""
@@ -67,9 +70,11 @@ class WorkerStatus:
     def __call__(self) -> str:
         pool = self._pool
         connected, brokers = pool.brokers
+        slots, places = pool.capacity
         return (
             f"{'draining: ' if self._stop.is_set() else ''}"
-            f"{pool.capacity} slots, {pool.running} running, {pool.waiting} waiting, "
+            f"{slots} slots{f' and {places} async' if places else ''}, "
+            f"{pool.running} running, {pool.waiting} waiting, "
             f"{self._rate.look(pool.ended)} tasks/s, {connected} of {brokers} brokers connected"
         )
 

@@ -154,8 +154,10 @@ class Pool:
     # ---- what systemd is told
 
     @property
-    def capacity(self) -> int:
-        return len(self.slots) + sum(slot.capacity for slot in self.async_part.slots)
+    def capacity(self) -> tuple[int, int]:
+        """Slots, and places for async tasks."""
+        part = self.async_part
+        return len(self.slots), sum(slot.capacity for slot in part.slots) if part.is_needed else 0
 
     @property
     def running(self) -> int:

@@ -108,7 +108,7 @@ async def test_nobody_listens_to_the_status():
 
 @dataclass
 class Part:
-    capacity: int = 4
+    capacity: tuple[int, int] = (4, 0)
     running: int = 3
     waiting: int = 12
     ended: int = 0
@@ -122,7 +122,8 @@ async def test_a_worker_s_line(autojump_clock):
     await trio.sleep(10)
     assert describe() == "4 slots, 3 running, 12 waiting, 85 tasks/s, 2 of 2 brokers connected"
     stop.set()
-    assert describe().startswith("draining: 4 slots, 3 running, 12 waiting, 0 tasks/s")
+    part.capacity = (4, 100)
+    assert describe().startswith("draining: 4 slots and 100 async, 3 running, 12 waiting, 0 tasks/s")
 
 
 async def test_a_broker_s_line(autojump_clock):
