@@ -90,7 +90,7 @@ class Backlog:
             expires_at = None if item.expires_in_ms is None else now + item.expires_in_ms / 1000
             deadline_s = (item.processing_deadline_ms or DEFAULT_DEADLINE_MS) / 1000
             job = Job(account, item.lease, item.activation, deadline_s, expires_at, now)
-            job.is_async = bool(self.async_tasks) and self._is_async(item.activation)
+            job.is_async = self.is_async(item.activation)
             if not account.accept(job):
                 log.warning("assigned twice", id=item.id, fence=item.fence)
             elif self._gives_back:
@@ -119,7 +119,10 @@ class Backlog:
     def _queue(self, job: Job) -> deque[Job]:
         return self._waiting_async if job.is_async else self._waiting
 
-    def _is_async(self, activation: bytes) -> bool:
+    def is_async(self, activation: bytes) -> bool:
+        """Whether only an async child can run it."""
+        if not self.async_tasks:
+            return False
         try:
             envelope = scan(activation)
         except Undecodable:

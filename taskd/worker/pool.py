@@ -240,14 +240,19 @@ class Pool:
     def _others(self, link: Link) -> list[Link]:
         return [other for other in self.links if isinstance(other, Link) and other is not link]
 
-    def _free_slots(self) -> int:
-        """For protocols that take nothing back: nothing is to come that cannot start at once."""
+    def _free_slots(self, is_async: bool | None = None) -> int:
+        """For protocols that take nothing back: nothing is to come that cannot start at once.
+
+        `is_async`: for tasks of this kind; None: nobody knows the kind of the next one before it is here.
+        """
         if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
             return 0
-        if self.async_part.is_needed and not self.async_part.free:
-            return 0  # nobody knows before it is here which kind the next one is of
         held = self._backlog.jobs_count - self.async_part.held
-        return max(sum(slot.health == "warm" for slot in self.slots) - held, 0)
+        plain = sum(slot.health == "warm" for slot in self.slots) - held
+        for_async = self.async_part.free - self._backlog.reserved
+        if is_async is None and self.async_part.is_needed:
+            return max(min(plain, for_async), 0)
+        return max(for_async if is_async else plain, 0)
 
     def _is_ready(self) -> bool:
         return self.was_warm and any(slot.health == "warm" for slot in self.slots)

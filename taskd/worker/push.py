@@ -40,7 +40,8 @@ Listen = Callable[[Services], AbstractAsyncContextManager[object]]
 class PushLink(PlainLink):
     """Takes what is pushed, and reports to the broker at `address`.
 
-    `is_ready`: whether a child can take work at all.
+    `free_slots(is_async)`: how many tasks of this kind could start now. `is_ready`: whether a child can take
+    work at all.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PushLink(PlainLink):
         config: PoolSection,
         backlog: Backlog,
         *,
-        free_slots: Callable[[], int],
+        free_slots: Callable[[bool], int],
         is_ready: Callable[[], bool],
         connect: CallConnector,
         on_change: Callable[[], None],
@@ -63,12 +64,13 @@ class PushLink(PlainLink):
         self._free_slots = free_slots
         self._is_ready = is_ready
         self._reporting = Reporting(address, account, rng)
-        self._door = trio.Lock()  # callers wait in a line
+        self._doors = {kind: trio.Lock() for kind in (False, True)}  # callers wait in a line for each kind
         self._change = trio.Event()
 
     def wake(self) -> None:
         super().wake()
         self._change.set()
+        self._change = trio.Event()
 
     @property
     def services(self) -> Services:
@@ -91,11 +93,12 @@ class PushLink(PlainLink):
         except Undecodable as error:
             raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None
         self._check_fits(envelope)
+        is_async = self._backlog.is_async(activation)
         with trio.move_on_after(SLOT_WITHIN_S):
-            async with self._door:
+            async with self._doors[is_async]:
                 if self._has(envelope.id):
                     return b""  # pushed again, as its first answer was lost: it is here
-                await self._until_free()
+                await self._until_free(is_async)
                 self._backlog.accept(self.account, [assignment(activation, envelope)], trio.current_time())
                 return b""
         raise Refused("RESOURCE_EXHAUSTED", pushing.BUSY)
@@ -113,14 +116,14 @@ class PushLink(PlainLink):
         lease = LeaseRef(id_, 0)
         return lease in self.account.jobs or lease in self.account.untaken
 
-    async def _until_free(self) -> None:
+    async def _until_free(self, is_async: bool) -> None:
         while True:
-            self._change = trio.Event()
+            change = self._change
             if self._backlog.closed:
                 raise Refused("UNAVAILABLE", "the worker is stopping; push to another one")
-            if self._free_slots() > 0:
+            if self._free_slots(is_async) > 0:
                 return
-            await self._change.wait()
+            await change.wait()
 
     # ---- reporting
 

@@ -16,7 +16,7 @@ from taskd.errors import PeerUnavailable, PeerUnreachable, Refused
 from taskd.rpc.base import Reply, Unary
 from taskd.rpc.health import CHECK
 from taskd.wire import pushing
-from taskd.wire.frames import Result, ResultStatus
+from taskd.wire.frames import Result, ResultStatus, TaskName
 from taskd.wire.generated.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse
 from taskd.worker.backlog import Backlog
 from taskd.worker.push import PushLink
@@ -35,6 +35,7 @@ class Worker:
         self.broker = broker
         self.slots = slots
         self.started: list[str] = []
+        self.async_room = 0
         self.warm = True
         self.takes_results = True
         self.backlog = Backlog(self._changed, self._changed, lambda: None, hands_back=False)
@@ -43,12 +44,16 @@ class Worker:
             "broker:1",
             PoolSection(protocol="push", **config),
             self.backlog,
-            free_slots=lambda: self.slots - self.backlog.jobs_count,
+            free_slots=self._free,
             is_ready=lambda: self.warm,
             connect=self._to_broker,
             on_change=self._changed,
             rng=random.Random(1),
         )
+
+    def _free(self, is_async: bool) -> int:
+        held = self.backlog.async_count if is_async else self.backlog.jobs_count - self.backlog.async_count
+        return (self.async_room if is_async else self.slots) - held
 
     def _changed(self) -> None:
         self._change.set()
@@ -169,6 +174,23 @@ async def test_a_caller_waits_five_seconds_for_a_slot(autojump_clock: Clock, bro
         assert refused.value.code == "RESOURCE_EXHAUSTED"
         assert 5 <= trio.current_time() - begin < 5.1
         assert worker.backlog.jobs_count == 0
+
+
+async def test_an_async_task_waits_for_no_slot_of_the_others(autojump_clock: Clock, broker: Broker) -> None:
+    async with working(broker, slots=0) as worker:
+        worker.backlog.async_tasks = frozenset([TaskName("shop", "ns", "awaits")])
+        worker.async_room = 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(busy, worker, "plain", "task")
+            await worker.push("first", taskname="awaits")
+            assert trio.current_time() < 1
+            await busy(worker, "second", "awaits")
+        assert [job.lease.id for job in worker.link.account.jobs.values()] == ["first"]
+
+
+async def busy(worker: Worker, id_: str, taskname: str) -> None:
+    with pytest.raises(Refused, match="worker busy"):
+        await worker.push(id_, taskname=taskname)
 
 
 async def test_results_are_kept_while_the_broker_is_gone(autojump_clock: Clock, broker: Broker) -> None:
