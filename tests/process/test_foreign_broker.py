@@ -9,18 +9,22 @@ from __future__ import annotations
 import base64
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from daemons import HERE, Daemon, Daemons, free_port, install_plugin, open_daemons, python_path
 from history import Produced, parse
-from kill_scene import make
+from kill_scene import TOPIC, make
+from recorded_async import awaits
 from recorded_tasks import RECORD
 from test_published_client import (
     PYTHON,
     _client_is_there,  # noqa: F401  # the fixture that looks for the client and its schema
 )
+
+from taskd.producer.build import outgoing
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -33,6 +37,7 @@ EXPECTED = {
     "fails": (RETRY, 3, 0),
     "fails_once": (FAILURE, 0, 0),
     "unknown": (FAILURE, 0, 0),
+    "awaits": (COMPLETE, 0, 0),
 }
 
 
@@ -41,15 +46,24 @@ def foreign(daemons: Daemons, *arguments: str) -> Daemon:
     return daemons.run([PYTHON, str(HERE / "foreign_broker.py"), *arguments], "foreign", more=more)
 
 
+def made(rng: random.Random, kind: str) -> Produced:
+    if kind != "awaits":
+        return make(rng, kind)[0]
+    key = f"{kind}-{rng.getrandbits(64):016x}"
+    call = awaits.to_call(kwargs={"key": key})
+    return Produced(key, kind, call.id, outgoing(call, time.time_ns() // 1_000_000, TOPIC).value)
+
+
 @pytest.mark.parametrize("protocol", ["pull", "push"])
 async def test_what_it_hands_out_runs_once_and_is_reported_in_its_terms(
     tmp_path: Path, protocol: str
 ) -> None:
-    install_plugin(tmp_path / "plugin", "recorded-tasks", "recorded_tasks")
+    for module in ("recorded_tasks", "recorded_async"):
+        install_plugin(tmp_path / "plugin", module.replace("_", "-"), module)
     record = tmp_path / "record"
     record.touch()
     rng = random.Random(3)
-    produced: list[Produced] = [make(rng, kind)[0] for kind in list(EXPECTED) * 10]
+    produced = [made(rng, kind) for kind in list(EXPECTED) * 10]
     activations = json.dumps([base64.b64encode(one.value).decode() for one in produced])
     port = free_port()
     environment = {
