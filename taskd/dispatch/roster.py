@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from taskd.clock import Clock
 from taskd.inflight.known import KnownTasks, known_tasks
+from taskd.wire.frames import CreditKind
 
 CALLER_REMEMBERED_MS = 60_000  # a unary worker that asked so recently may ask again
+
+
+def by_kind(
+    tasks: Iterable[tuple[str, str, str]], async_tasks: Iterable[tuple[str, str, str]]
+) -> Mapping[CreditKind, KnownTasks]:
+    """What a worker takes while it has room for one kind of task only."""
+    of_loop = frozenset(async_tasks)
+    plain = frozenset(tasks) - of_loop
+    return {CreditKind.ASYNC: known_tasks(of_loop), CreditKind.PLAIN: known_tasks(plain)}
 
 
 class Roster:

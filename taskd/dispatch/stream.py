@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import structlog
 import trio
 
-from taskd.dispatch.roster import Roster
+from taskd.dispatch.roster import Roster, by_kind
 from taskd.errors import PeerUnavailable, Refused, StoreError, Undecodable
 from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.heartbeats import Heartbeat
@@ -144,6 +144,7 @@ class Session:
         self._to_stop: dict[Ref, StopReason] = {}
         self._stops = Wake()
         self._knows = dispatch.roster.join(hello.worker_id, hello.tasks, hello.application)
+        self._knows_of_kind = by_kind(hello.tasks, hello.async_tasks)
         self.closed = trio.Event()
 
     async def close(self) -> None:
@@ -213,6 +214,7 @@ class Session:
             return []
         parks = self._dispatch.parks_unknown
         knows, anyones = (self._knows, self._dispatch.roster.anyone()) if parks else (None, None)
+        knows = self._knows_of_kind.get(credit.kind, knows)
         hello = self._hello
         if not self._inflight.claimable(hello.application, hello.namespaces, knows, anyones, hello.pool):
             return []

@@ -40,6 +40,12 @@ class ResultStatus(IntEnum):
     INTERRUPTED = 5  # by no fault of its own: the attempt does not count
 
 
+class CreditKind(IntEnum):
+    ANY = 0
+    ASYNC = 1  # only the worker's async tasks
+    PLAIN = 2  # only its other tasks
+
+
 class StopReason(IntEnum):
     UNSPECIFIED = 0
     CANCELLED = 1  # by an operator's order
@@ -48,7 +54,7 @@ class StopReason(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`tasks`: what the worker can run; empty: it does not say."""
+    """`tasks`: what the worker can run; empty: it does not say. `async_tasks`: of those."""
 
     worker_id: str
     pool: str
@@ -60,18 +66,20 @@ class Hello:
     version_max: int = VERSION
     tasks: tuple[TaskName, ...] = ()
     slots: int = 0
+    async_tasks: tuple[TaskName, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Credit:
     """How many assignments are welcome in all, counted from the stream's beginning.
 
-    `idle_total`: the same for at_most_once, as far as slots are idle.
+    `idle_total`: the same for at_most_once, as far as slots are idle. `kind`: only of this kind from now on.
     """
 
     number: int
     total: int
     idle_total: int = 0
+    kind: CreditKind = CreditKind.ANY
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +192,7 @@ def encode_worker_frame(frame: WorkerFrame) -> bytes:
             return bytes_field(1, _hello(frame))
         case Credit():
             numbers = _number(1, frame.number) + _number(2, frame.total) + _number(3, frame.idle_total)
-            return bytes_field(2, numbers)
+            return bytes_field(2, numbers + _number(4, frame.kind))
         case Started():
             return bytes_field(3, _leases(frame.leases))
         case Results():
@@ -279,6 +287,7 @@ def _hello(frame: Hello) -> bytes:
         + _leases(frame.holding, 8)
         + b"".join(bytes_field(9, _task_name(task)) for task in frame.tasks)
         + _number(10, frame.slots)
+        + b"".join(bytes_field(11, _task_name(task)) for task in frame.async_tasks)
     )
 
 
@@ -295,6 +304,7 @@ def _read_hello(raw: bytes) -> Hello:
         holding=_read_leases(raw, 8),
         tasks=tuple(_read_task_name(chunk) for chunk in _repeated(raw, 9)),
         slots=_uint32(values, 10),
+        async_tasks=tuple(_read_task_name(chunk) for chunk in _repeated(raw, 11)),
     )
 
 
@@ -309,7 +319,9 @@ def _read_task_name(raw: bytes) -> TaskName:
 
 def _read_credit(raw: bytes) -> Credit:
     values = _values(raw)
-    return Credit(_int(values, 1), _int(values, 2), _int(values, 3))
+    number = _uint32(values, 4)
+    kind = CreditKind(number) if number in (CreditKind.ASYNC, CreditKind.PLAIN) else CreditKind.ANY
+    return Credit(_int(values, 1), _int(values, 2), _int(values, 3), kind)
 
 
 def _progress(task: TaskProgress) -> bytes:

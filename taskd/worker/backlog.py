@@ -17,6 +17,7 @@ from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
 
 log = structlog.get_logger("taskd.worker")
 
+ASYNC_WEIGHT = 0.05  # of the newest activation in the share of async ones
 PATIENCE_S = 2.0  # longer than this nothing waits here behind slow tasks while another worker may be free
 
 
@@ -41,6 +42,7 @@ class Backlog:
         self.reserved = 0  # slots for what calls under way may bring
         self._hands_back = hands_back
         self.async_tasks: frozenset[TaskName] = frozenset()  # what async slots run
+        self.async_share = 0.5  # of what came lately
         self._waiting: deque[Job] = deque()
         self._waiting_async: deque[Job] = deque()
         self._on_work = on_work
@@ -91,6 +93,8 @@ class Backlog:
             deadline_s = (item.processing_deadline_ms or DEFAULT_DEADLINE_MS) / 1000
             job = Job(account, item.lease, item.activation, deadline_s, expires_at, now)
             job.is_async = self.is_async(item.activation)
+            if self.async_tasks:
+                self.async_share += ASYNC_WEIGHT * (job.is_async - self.async_share)
             if not account.accept(job):
                 log.warning("assigned twice", id=item.id, fence=item.fence)
             elif self._gives_back:

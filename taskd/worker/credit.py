@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from taskd.wire.frames import Credit
+from taskd.wire.frames import Credit, CreditKind
 
+MIXED_AHEAD = 32  # async activations asked for together with others: at most so many of those may wait then
 ACTIVE_S = 1.0  # a broker that sent something so recently shares in all that is free
 
 
@@ -22,6 +23,7 @@ class StreamCredit:
 
     received: int = 0
     received_at: float = float("-inf")
+    kind: CreditKind = CreditKind.ANY
     _number: int = 0
     _idle_total: int = 0
     _open: deque[tuple[int, int]] = field(default_factory=lambda: deque([(0, 0)]))  # (number, total)
@@ -49,23 +51,62 @@ class StreamCredit:
         while len(self._open) > 1 and self._open[1][0] <= credit:
             self._open.popleft()
 
-    def offer(self, more: int, idle: int) -> Credit:
-        """From now on `more` further assignments are welcome, `idle` of them at once."""
+    def offer(self, more: int, idle: int, kind: CreditKind = CreditKind.ANY) -> Credit:
+        """From now on `more` further assignments are welcome, `idle` of them at once, all of this kind."""
         self._number += 1
+        self.kind = kind
         self._idle_total = self.received + idle
         total = self.received + more
         self._open.append((self._number, total))
-        return Credit(self._number, total, self._idle_total)
+        return Credit(self._number, total, self._idle_total, kind)
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
     more: int
     idle: int
+    kind: CreditKind = CreditKind.ANY
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a pool can take of one kind, and what it has; `idle`: slots that have nothing to do."""
+
+    capacity: int
+    held: int
+    idle: int
+
+    @property
+    def free(self) -> int:
+        return max(self.capacity - self.held, 0)
+
+
+def welcome(plain: Room, of_loop: Room | None, async_share: float) -> tuple[CreditKind, Room]:
+    """What to ask brokers for: of both kinds while there is room for both, else of the one that has room.
+
+    Of what comes when anything may come, `async_share` was async so far, 0 to 1. So a pool with little but
+    async tasks asks for many of them at once, and the more they are mixed, the nearer it keeps to the room
+    for the others. `of_loop` None: the pool has no async tasks.
+    """
+    if of_loop is None:
+        return CreditKind.ANY, plain
+    if not of_loop.free:
+        return CreditKind.PLAIN, plain
+    if not plain.free:
+        return CreditKind.ASYNC, of_loop
+    ahead = int(min(of_loop.free, MIXED_AHEAD) * async_share**2)
+    return CreditKind.ANY, Room(plain.capacity + ahead, plain.held, min(plain.idle, of_loop.idle))
 
 
 def share(
-    mine: StreamCredit, others: Iterable[StreamCredit], *, capacity: int, held: int, idle: int, now: float
+    mine: StreamCredit,
+    others: Iterable[StreamCredit],
+    *,
+    capacity: int,
+    held: int,
+    idle: int,
+    now: float,
+    kind: CreditKind = CreditKind.ANY,
 ) -> Offer | None:
     """What to offer one broker now, of `capacity` less what is `held` already; None: leave it as it is.
 
@@ -83,6 +124,6 @@ def share(
     room = free + (len(everyone) if free else 0) - sum(credit.outstanding for credit in others)
     more = max(min(fair, room), 0)
     small = max(1, capacity // len(everyone) // 4)
-    changed = abs(more - mine.promised) >= small
+    changed = abs(more - mine.promised) >= small or kind is not mine.kind
     awaited = idle > 0 and mine.idle == 0 and more > 0  # it waits with what is at_most_once
-    return Offer(more, min(idle, more)) if changed or awaited else None
+    return Offer(more, min(idle, more), kind) if changed or awaited else None

@@ -167,6 +167,7 @@ class Link:
             before.holding if before else (),
             tasks=tuple(me.tasks()),
             slots=me.slots,
+            async_tasks=tuple(self._backlog.async_tasks),
         )
         with trio.move_on_after(WELCOME_WITHIN_S) as waiting:
             await stream.send(encode_worker_frame(hello))
@@ -240,7 +241,7 @@ class Link:
     def _frames(self, account: Account) -> list[WorkerFrame]:
         frames = account.news()
         if self.state == "working" and (offer := self._offer(self)) is not None:
-            frames.append(self.credit.offer(offer.more, offer.idle))
+            frames.append(self.credit.offer(offer.more, offer.idle, offer.kind))
         return frames
 
     def _check_lease(self, account: Account) -> None:

@@ -23,7 +23,7 @@ from taskd.worker.async_part import AsyncPart
 from taskd.worker.async_slot import AsyncSpawner
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import Spawner
-from taskd.worker.credit import Offer, share
+from taskd.worker.credit import Offer, Room, share, welcome
 from taskd.worker.ladder import Graces
 from taskd.worker.link import Connector, Identity, Link
 from taskd.worker.pace import Pace
@@ -223,18 +223,20 @@ class Pool:
 
     def _offer(self, link: Link) -> Offer | None:
         """The credit for one link's broker. What comes too much all the same is handed back when it waits."""
-        usable = sum(slot.health == "warm" for slot in self.slots)
-        if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
-            usable = 0
+        takes_work = not self._backlog.closed and self._backlog.untaken_count < MAX_UNTAKEN
+        usable = sum(slot.health == "warm" for slot in self.slots) if takes_work else 0
         held = self._backlog.jobs_count - self.async_part.held
-        free_async = self.async_part.free if usable else 0
+        plain = Room(usable + self._prefetch() if usable else 0, held, max(usable - held, 0))
+        of_loop = self.async_part.room(takes_work) if self.async_part.is_needed else None
+        kind, room = welcome(plain, of_loop, self._backlog.async_share)
         return share(
             link.credit,
             [other.credit for other in self._others(link) if other.state == "working"],
-            capacity=usable + self._prefetch() + free_async if usable else 0,
-            held=held,
-            idle=max(usable - held, 0),
+            capacity=room.capacity,
+            held=room.held,
+            idle=room.idle,
             now=trio.current_time(),
+            kind=kind,
         )
 
     def _others(self, link: Link) -> list[Link]:

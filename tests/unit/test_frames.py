@@ -50,8 +50,9 @@ worker_frames = st.one_of(
         version_max=uint32,
         tasks=st.lists(st.builds(frames.TaskName, texts, texts, texts), max_size=3).map(tuple),
         slots=uint32,
+        async_tasks=st.lists(st.builds(frames.TaskName, texts, texts, texts), max_size=3).map(tuple),
     ),
-    st.builds(frames.Credit, uint64, uint64, uint64),
+    st.builds(frames.Credit, uint64, uint64, uint64, st.sampled_from(frames.CreditKind)),
     st.builds(frames.Started, lease_tuples),
     st.builds(frames.Results, st.lists(results, max_size=3).map(tuple)),
     st.builds(frames.HandBack, lease_tuples),
@@ -99,10 +100,13 @@ def worker_message(frame: frames.WorkerFrame) -> v1.WorkerFrame:
                     holding=refs(frame.holding),
                     tasks=[v1.TaskName(**task._asdict()) for task in frame.tasks],
                     slots=frame.slots,
+                    async_tasks=[v1.TaskName(**task._asdict()) for task in frame.async_tasks],
                 )
             )
         case frames.Credit():
-            return v1.WorkerFrame(credit=v1.Credit(number=frame.number, total=frame.total, idle_total=frame.idle_total))
+            credit = v1.Credit(number=frame.number, total=frame.total, idle_total=frame.idle_total)
+            credit.kind = v1.CreditKind(frame.kind)
+            return v1.WorkerFrame(credit=credit)
         case frames.Started():
             return v1.WorkerFrame(started=v1.Started(leases=refs(frame.leases)))
         case frames.Results():

@@ -7,8 +7,8 @@ from collections import deque
 
 import pytest
 
-from taskd.wire.frames import Credit
-from taskd.worker.credit import ACTIVE_S, StreamCredit, share
+from taskd.wire.frames import Credit, CreditKind
+from taskd.worker.credit import ACTIVE_S, MIXED_AHEAD, Room, StreamCredit, share, welcome
 
 
 class Broker:
@@ -109,3 +109,32 @@ def test_who_was_busy_long_ago_shares_like_the_others() -> None:
     busy.send(50, 0.0)
     assert offer(idle, [busy], 100, 0, ACTIVE_S + 1)
     assert idle.credit.promised == 50
+
+
+@pytest.mark.parametrize(
+    ("plain", "of_loop", "async_share", "kind", "capacity"),
+    [
+        (Room(4, 1, 3), None, 0.5, CreditKind.ANY, 4),
+        (Room(4, 4, 0), None, 0.5, CreditKind.ANY, 4),
+        (Room(4, 4, 0), Room(100, 7, 93), 0.5, CreditKind.ASYNC, 100),
+        (Room(4, 1, 3), Room(100, 100, 0), 0.5, CreditKind.PLAIN, 4),
+        (Room(4, 4, 0), Room(100, 100, 0), 0.5, CreditKind.PLAIN, 4),
+        (Room(4, 1, 3), Room(100, 7, 93), 0.0, CreditKind.ANY, 4),
+        (Room(4, 1, 3), Room(100, 7, 93), 1.0, CreditKind.ANY, 4 + MIXED_AHEAD),
+        (Room(4, 1, 3), Room(100, 99, 1), 1.0, CreditKind.ANY, 5),
+    ],
+)
+def test_what_has_room_is_asked_for(
+    plain: Room, of_loop: Room | None, async_share: float, kind: CreditKind, capacity: int
+) -> None:
+    asked, room = welcome(plain, of_loop, async_share)
+    assert (asked, room.capacity) == (kind, capacity)
+    assert room.free <= plain.free + (of_loop.free if of_loop else 0)
+
+
+def test_a_change_of_kind_is_told_though_the_number_stays() -> None:
+    broker = Broker()
+    assert offer(broker, [], 4, 0, 0.0)
+    made = share(broker.credit, [], capacity=4, held=0, idle=0, now=0.0, kind=CreditKind.ASYNC)
+    assert made is not None
+    assert made.kind is CreditKind.ASYNC

@@ -20,6 +20,7 @@ __all__ = (
     "ClearSwitchRequest",
     "ClearSwitchResponse",
     "Credit",
+    "CreditKind",
     "Draining",
     "GetStatusRequest",
     "GetStatusResponse",
@@ -120,6 +121,36 @@ class CancelEffect(betterproto2.Enum):
             "CANCEL_EFFECT_ENDED": 5,
             "CANCEL_EFFECT_LEAVING": 6,
             "CANCEL_EFFECT_UNKNOWN": 7,
+        }
+
+
+class CreditKind(betterproto2.Enum):
+    ANY = 0
+
+    ASYNC = 1
+    """
+    only `async_tasks` of the hello: the other slots are taken
+    """
+
+    PLAIN = 2
+    """
+    only the other tasks
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "CREDIT_KIND_ANY",
+            1: "CREDIT_KIND_ASYNC",
+            2: "CREDIT_KIND_PLAIN",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "CREDIT_KIND_ANY": 0,
+            "CREDIT_KIND_ASYNC": 1,
+            "CREDIT_KIND_PLAIN": 2,
         }
 
 
@@ -541,6 +572,11 @@ class Credit(betterproto2.Message):
     as total, for at_most_once, whose hand-out is the start: as far as slots are idle
     """
 
+    kind: "CreditKind" = betterproto2.field(4, betterproto2.TYPE_ENUM, default_factory=lambda: CreditKind(0))
+    """
+    of what is sent from now on
+    """
+
 
 default_message_pool.register_message("taskd.v1", "Credit", Credit)
 
@@ -645,6 +681,11 @@ class Hello(betterproto2.Message):
     slots: "int" = betterproto2.field(10, betterproto2.TYPE_UINT32)
     """
     tasks it runs at once
+    """
+
+    async_tasks: "list[TaskName]" = betterproto2.field(11, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    of those: which run many at once, in slots of their own
     """
 
 
