@@ -14,7 +14,6 @@ from taskd.worker.async_crowd import Limits
 from taskd.worker.async_slot import AsyncSlot, AsyncSpawner
 from taskd.worker.backlog import Backlog
 from taskd.worker.credit import Room
-from taskd.worker.credit import Room
 from taskd.worker.entry_pipe import KnownTask
 from taskd.worker.ladder import Graces
 from taskd.worker.results import Job
@@ -85,11 +84,6 @@ class AsyncPart:
     @property
     def running(self) -> int:
         return sum(slot.jobs_count for slot in self.slots)
-
-    def room(self, takes_work: bool) -> Room:
-        """For credit: all that is free here is idle."""
-        capacity = sum(slot.capacity for slot in self.slots if slot.health == "warm") if takes_work else 0
-        return Room(capacity, self.held, max(capacity - self.held, 0))
 
     def room(self, takes_work: bool) -> Room:
         """For credit: all that is free here is idle."""
