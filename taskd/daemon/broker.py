@@ -130,7 +130,12 @@ class Broker:
             strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
         )
         duties = broker_duties(
-            inflight, publisher, presence, clock, lambda: settings.upkeep_settings(self._config)
+            inflight,
+            publisher,
+            presence,
+            clock,
+            lambda: settings.upkeep_settings(self._config),
+            self._feeding.away,
         )
         calls = self._certificates.contexts.get("push.tls")
         self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets, calls)

@@ -56,6 +56,10 @@ class Feeding:
             return [LogUnavailable("the log is not connected yet") for _ in records]
         return await self._writer.append(records)
 
+    def away(self) -> bool:
+        """Whether the log cannot be reached, or not yet."""
+        return self.reader is None or not self.reader.healthy
+
     async def run(self) -> None:
         """Feed until `stop`, then stay for what is still to be published, until cancelled."""
         try:
