@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from hmac import compare_digest
 
 import pytest
 
@@ -36,6 +37,20 @@ def test_the_published_vectors(path: str, body: bytes, expected: str) -> None:
 @pytest.mark.parametrize("wrong", ["", "x", "0" * 64, VECTORS[1][2].upper(), "\udcff", "é" * 64])
 def test_whatever_is_no_signature_does_not_fit(wrong: str) -> None:
     assert not signature_fits(SECRET, GET, b"", wrong)
+
+
+@pytest.mark.parametrize("secret", ["one", "two", "other"])
+def test_the_time_a_comparison_takes_tells_nothing(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(one)
+        return compare_digest(one, other)
+
+    monkeypatch.setattr("taskd.wire.signing.hmac.compare_digest", compare)
+    given = signature(Secrets([secret]), GET, b"x")
+    assert signature_fits(Secrets(["one", "two"]), GET, b"x", given) is (secret != "other")
+    assert len(compared) == 2  # with each, whichever fits
 
 
 def test_the_first_secret_signs_and_all_are_accepted() -> None:
