@@ -17,6 +17,7 @@ from taskd.worker.credit import Room
 from taskd.worker.entry_pipe import KnownTask
 from taskd.worker.ladder import Graces
 from taskd.worker.results import Job
+from taskd.worker.routing import AsyncTasks
 
 PROGRAM = "taskd.worker.entry_async"
 
@@ -59,10 +60,10 @@ class AsyncPart:
 
     def learn(self, tasks: Iterable[KnownTask]) -> None:
         """What the pool's children know now: async ones are routed here from now on."""
-        names = frozenset(TaskName(*task[:3]) for task in tasks if task.is_async and self.slots)
+        names = AsyncTasks(TaskName(*task[:3]) for task in tasks if task.is_async and self.slots)
         if names != self._backlog.async_tasks:
             self._backlog.async_tasks = names
-            log.info("async tasks", tasks_count=len(names))
+            log.info("async tasks", tasks=sorted(f"{task.namespace}:{task.taskname}" for task in names))
         if names and not self._needed.is_set():
             self._needed.set()
             self._on_change()

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from taskd.errors import Undecodable
-from taskd.wire.envelope import scan
-from taskd.wire.frames import Assignment, LeaseRef, TaskName
+from taskd.wire.frames import Assignment, LeaseRef
 from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
+from taskd.worker.routing import AsyncTasks
 
 log = structlog.get_logger("taskd.worker")
 
@@ -41,7 +40,7 @@ class Backlog:
         self.closed = False
         self.reserved = 0  # slots for what calls under way may bring
         self._hands_back = hands_back
-        self.async_tasks: frozenset[TaskName] = frozenset()  # what async slots run
+        self.async_tasks = AsyncTasks()  # what async slots run
         self.async_share = 0.5  # of what came lately
         self._waiting: deque[Job] = deque()
         self._waiting_async: deque[Job] = deque()
@@ -125,13 +124,7 @@ class Backlog:
 
     def is_async(self, activation: bytes) -> bool:
         """Whether only an async child can run it."""
-        if not self.async_tasks:
-            return False
-        try:
-            envelope = scan(activation)
-        except Undecodable:
-            return False
-        return TaskName(envelope.application, envelope.namespace, envelope.taskname) in self.async_tasks
+        return self.async_tasks.calls(activation)
 
     def stop(self, account: Account, leases: Iterable[LeaseRef]) -> None:
         """Forget those that wait, and mark those that are in a child: `on_stop` looks for them."""

@@ -22,6 +22,7 @@ from taskd.worker.backlog import Backlog
 from taskd.worker.child import ChildGone, Piece
 from taskd.worker.ladder import Graces
 from taskd.worker.output import Whose, nobody
+from taskd.worker.routing import AsyncTasks
 
 COMPLETE, FAILURE, RETRY, CRASHED, INTERRUPTED = sorted(set(ResultStatus) - {ResultStatus.UNSPECIFIED})
 DONE = pipe.Verdict(int(COMPLETE))
@@ -201,7 +202,7 @@ class Scene:
     def __init__(self, capacity: int = 10, **limits: Any) -> None:
         self.spawner = ScriptedSpawner()
         self.backlog = Backlog(self._wake, self._wake, lambda: self.slot.end_stopped())
-        self.backlog.async_tasks = frozenset({TaskName("app", "tests", "any")})
+        self.backlog.async_tasks = AsyncTasks([TaskName("app", "tests", "any")])
         self.account = self.backlog.account("store")
         self.slot = AsyncSlot(
             0,

@@ -21,6 +21,7 @@ from taskd.wire.generated.grpc.health.v1 import HealthCheckRequest, HealthCheckR
 from taskd.worker.backlog import Backlog
 from taskd.worker.push import PushLink
 from taskd.worker.results import Job
+from taskd.worker.routing import AsyncTasks
 
 Broker = Any  # tests/flow/conftest.py, which importlib mode does not import by name
 Clock = Any  # pytest-trio takes the clock among the test's own arguments only
@@ -178,7 +179,7 @@ async def test_a_caller_waits_five_seconds_for_a_slot(autojump_clock: Clock, bro
 
 async def test_an_async_task_waits_for_no_slot_of_the_others(autojump_clock: Clock, broker: Broker) -> None:
     async with working(broker, slots=0) as worker:
-        worker.backlog.async_tasks = frozenset([TaskName("shop", "ns", "awaits")])
+        worker.backlog.async_tasks = AsyncTasks([TaskName("shop", "ns", "awaits")])
         worker.async_room = 1
         async with trio.open_nursery() as nursery:
             nursery.start_soon(busy, worker, "plain", "task")

@@ -14,13 +14,14 @@ import pytest
 import trio
 from worker_child_calls import activation
 
-from taskd.wire.frames import Assignment, Result, ResultStatus, TaskName
+from taskd.wire.frames import Assignment, Result, ResultStatus
 from taskd.worker.async_crowd import Limits
 from taskd.worker.async_part import PROGRAM
 from taskd.worker.async_slot import AsyncSlot
 from taskd.worker.backlog import Backlog
 from taskd.worker.ladder import Graces
 from taskd.worker.process import ProcessSpawner
+from taskd.worker.routing import AsyncTasks
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -32,13 +33,8 @@ def call(id_: str, task: str, *args: object, deadline_s: float = 30) -> Assignme
     return Assignment(id_, 7, activation(id_, task, *args), int(deadline_s * 1000))
 
 
-class AnyTask(frozenset[TaskName]):
-    """Everything is async here."""
-
-    def __contains__(self, item: object) -> bool:
-        return True
-
-    def __bool__(self) -> bool:
+class Everything(AsyncTasks):
+    def calls(self, activation: bytes) -> bool:
         return True
 
 
@@ -47,7 +43,7 @@ class Scene:
 
     def __init__(self, **limits: Any) -> None:
         self.backlog = Backlog(self._wake, self._wake, lambda: self.slot.end_stopped())
-        self.backlog.async_tasks = AnyTask()
+        self.backlog.async_tasks = Everything()
         self.account = self.backlog.account("store")
         self.slot = AsyncSlot(
             0,
