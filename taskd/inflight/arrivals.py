@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from taskd.activation.lifecycle import Event, Status, after
+from taskd.activation.switches import Gate
 from taskd.clock import Now
-from taskd.inflight.base import Arrival, Inserted
+from taskd.inflight.base import Arrival, Inserted, Policy
 from taskd.inflight.departures import Departures
 from taskd.inflight.sqlite import SqliteStore
 from taskd.inflight.switches import DEMOTED, KILLED, killed_by
@@ -49,28 +51,10 @@ class Arrivals:
 
     def _insert(self, arrival: Arrival, now: Now) -> Event | None:
         """How it arrived; None when it is known."""
-        store, policy = self._store, self._store.policy
-        received_at_ms = arrival.received_at_ms
-        if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
-            received_at_ms = now.wall_ms
-        due_at_ms = received_at_ms + _shortened(arrival.delay_s, policy.max_delay_ms)
-        expires_at_ms = None if arrival.expires_s is None else received_at_ms + arrival.expires_s * 1000
-        deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
-        if policy.max_processing_deadline_ms is not None:
-            deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
+        store = self._store
+        times = _times(arrival, now, store.policy)
         lane = store.lane_of(arrival.application, arrival.namespace, arrival.taskname)
-        gate = store.gate(lane)
-        event = Event.ARRIVED
-        if arrival.undecodable:
-            event = Event.ARRIVED_UNDECODABLE
-        elif gate.kills and killed_by(gate, arrival.taskname, arrival.activation):
-            event = Event.ARRIVED_DROPPED
-        elif expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
-            event = Event.ARRIVED_EXPIRED
-        elif gate.demoted:
-            event = Event.ARRIVED_FORWARDED
-        elif arrival.delay_s and due_at_ms > now.wall_ms:  # a producer's clock ahead of ours is no delay
-            event = Event.ARRIVED_DELAYED
+        event = _arrives_as(arrival, times, store.gate(lane), now)
         status = after(None, event)
         store.run(
             "insert",
@@ -84,11 +68,11 @@ class Arrivals:
             arrival.offset,
             arrival.record_key,
             arrival.activation,
-            received_at_ms,
+            times.received_at_ms,
             now.wall_ms,
-            due_at_ms,
-            expires_at_ms,
-            deadline_ms,
+            times.due_at_ms,
+            times.expires_at_ms,
+            times.deadline_ms,
             arrival.attempts,
             arrival.dead_letter,
             arrival.at_most_once,
@@ -98,15 +82,15 @@ class Arrivals:
         if store.db.changes() == 0:
             store.drop_lane_if_empty(lane.number)
             return None
-        store.move(store.db.last_insert_rowid(), lane.number, None, event)
-        store.measure("received_to_stored", now.wall_ms - received_at_ms)
+        row = store.db.last_insert_rowid()
+        store.move(row, lane.number, None, event)
+        store.measure("received_to_stored", now.wall_ms - times.received_at_ms)
+        over = KILLED if event is Event.ARRIVED_DROPPED else ""
         if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
-            store.discard("expired")
-            row = store.db.last_insert_rowid()
-            self._departures.finish(row, lane.number, status, now, reason="expired")
-        elif event is Event.ARRIVED_DROPPED:
-            store.discard(KILLED)
-            self._departures.finish(store.db.last_insert_rowid(), lane.number, status, now, reason=KILLED)
+            over = "expired"
+        if over:
+            store.discard(over)
+            self._departures.finish(row, lane.number, status, now, reason=over)
         return event
 
     def become_due(self, limit: int, now: Now) -> int:
@@ -132,6 +116,44 @@ _REASONS = {
     Event.ARRIVED_UNDECODABLE: "undecodable",
     Event.ARRIVED_FORWARDED: DEMOTED,
 }
+
+
+class _Times(NamedTuple):
+    """Of one arrival, in milliseconds; `*_at_ms` on the wall clock."""
+
+    received_at_ms: int
+    due_at_ms: int
+    expires_at_ms: int | None
+    deadline_ms: int
+
+
+def _times(arrival: Arrival, now: Now, policy: Policy) -> _Times:
+    received_at_ms = arrival.received_at_ms
+    if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
+        received_at_ms = now.wall_ms
+    deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
+    if policy.max_processing_deadline_ms is not None:
+        deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
+    return _Times(
+        received_at_ms,
+        received_at_ms + _shortened(arrival.delay_s, policy.max_delay_ms),
+        None if arrival.expires_s is None else received_at_ms + arrival.expires_s * 1000,
+        deadline_ms,
+    )
+
+
+def _arrives_as(arrival: Arrival, times: _Times, gate: Gate, now: Now) -> Event:
+    if arrival.undecodable:
+        return Event.ARRIVED_UNDECODABLE
+    if gate.kills and killed_by(gate, arrival.taskname, arrival.activation):
+        return Event.ARRIVED_DROPPED
+    if times.expires_at_ms is not None and times.expires_at_ms <= now.wall_ms and now.may_expire:
+        return Event.ARRIVED_EXPIRED
+    if gate.demoted:
+        return Event.ARRIVED_FORWARDED
+    if arrival.delay_s and times.due_at_ms > now.wall_ms:  # a producer's clock ahead of ours is no delay
+        return Event.ARRIVED_DELAYED
+    return Event.ARRIVED
 
 
 def _shortened(delay_s: int | None, max_delay_ms: int | None) -> int:

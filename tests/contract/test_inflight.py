@@ -797,7 +797,9 @@ async def test_lanes_without_rows_are_forgotten(opened: Opener) -> None:
         await put(store, "again", namespace="made-up-0")
         assert sorted(ids(await stream(store))) == ["again", "kept"]
         check(store)
-        core.db.execute("INSERT INTO lane (lane, application, namespace) VALUES (77, 'app', 'left by an older version')")
+        core.db.execute(
+            "INSERT INTO lane (lane, application, namespace) VALUES (77, 'app', 'left by an older version')"
+        )
     async with opened() as store:
         assert len(store._store.lanes) == 2
         check(store)

@@ -325,6 +325,11 @@ async def test_killed_comes_before_expired(store: Inflight, clock: FixedClock) -
     assert await put(store, "a", expires_s=0) == Inserted(dropped=1)
 
 
+async def test_expired_comes_before_demoted(store: Inflight) -> None:
+    await store.put_switch(Switch(DEMOTE, namespace="mail"))
+    assert await put(store, "a", expires_s=0) == Inserted(expired=1)
+
+
 async def test_stored_rows_are_dropped_in_bounded_rounds(store: Inflight) -> None:
     await put(store, *(f"a{number}" for number in range(10)))
     await put(store, *(f"d{number}" for number in range(5)), delay_s=60)
