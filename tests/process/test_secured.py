@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,6 +102,19 @@ async def test_a_task_runs_over_mutual_tls_with_signed_calls(tmp_path: Path) -> 
             command = daemons.start(*order, more={**mine, "TASKD_ADMIN_SECRET": secret})
             assert await command.ended() == 1
             assert why in command.tail()
+
+        # Renewed by another authority, which is also the only one that is trusted from now on.
+        (tmp_path / "new").mkdir()
+        new = write_certificates(tmp_path / "new")
+        for name in ("ca", "broker"):
+            shutil.copyfile(new[name], files[name])
+        broker.send(signal.SIGHUP)
+        await broker.said("configuration reloaded")
+        code, said = await submit(daemons, address, mine | {"TASKD_TIMEOUT_S": "1"})
+        assert code == 1, said
+        mine |= {"TASKD_TLS_CERTIFICATE": new["client"], "TASKD_TLS_KEY": new["client"]}
+        code, said = await submit(daemons, address, mine)
+        assert code == 0, said
         assert await knowing.stopped() == 0
         await unknowing.stopped()
         assert await broker.stopped() == 0
