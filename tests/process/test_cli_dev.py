@@ -75,6 +75,14 @@ def test_one_call_and_its_status(dev: Dev):
     assert "never-heard-of  unknown to this broker" in unknown.stdout
 
 
+def test_async_tasks_wait_side_by_side(dev: Dev):
+    arguments = ("submit", "demo:wait", "--kwargs", '{"seconds": 1}', "--count", "60", "--wait", "--json")
+    done = dev.run(*arguments, "--timeout", "25")  # one after the other would take a minute
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["complete"], summary["unfinished"]) == (60, 0)
+
+
 def test_a_retry_is_followed(dev: Dev):
     arguments = ("submit", "demo:flaky", "--kwargs", '{"failures": 1}', "--wait", "--timeout", "20", "--json")
     done = dev.run(*arguments)

@@ -1,4 +1,4 @@
-"""Three tasks. Importing this module registers them; it opens nothing and reads no configuration."""
+"""Four tasks. Importing this module registers them; it opens nothing and reads no configuration."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def add(a: int, b: int) -> None:
 @instrumented_task(name="noop", namespace=demo)
 def noop() -> None:
     """Do nothing: what is left is the cost of taskd itself."""
+
+
+@instrumented_task(name="wait", namespace=demo, processing_deadline_duration=60)
+async def wait(seconds: float = 1.0) -> None:
+    """Wait, as one waits for a service: a worker runs many of these at once, on Trio, in one process."""
+    import trio  # here, so that callers and workers that run no async tasks do without it
+
+    await trio.sleep(seconds)
 
 
 @instrumented_task(

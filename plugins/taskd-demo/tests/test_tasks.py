@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 
 import pytest
-from taskd_demo.tasks import add, flaky, noop
+import trio
+import trio.testing
+from taskd_demo.tasks import add, flaky, noop, wait
 
 from taskd import RetryTaskError
 
@@ -18,6 +20,12 @@ def test_add_logs_the_sum(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_noop_does_nothing() -> None:
     noop()
+
+
+def test_wait_waits() -> None:
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    trio.run(wait, 30.0, clock=clock)
+    assert clock.current_time() == 30
 
 
 def test_flaky_completes_when_nothing_should_fail() -> None:
