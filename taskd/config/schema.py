@@ -586,6 +586,17 @@ class PoolSection(Section):
     max_tasks_per_child: PositiveInt = Field(
         default=10_000, description="a child is replaced after so many tasks"
     )
+    max_child_rss_mb: PositiveInt | None = Field(
+        default=None, description="a child is replaced after a task that left it with more memory; null: not"
+    )
+    child_memory_limit_mb: PositiveInt | None = Field(
+        default=None,
+        description="most data memory (MiB) of each child; beyond it a task gets MemoryError; null: no limit. "
+        "A child above four fifths of it is replaced after its task",
+    )
+    spare_children: Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0)] = Field(
+        default=1, description="children kept ready, so that replacing one does not cost its start-up"
+    )
     max_prefetch: Annotated[int, BeforeValidator(_not_a_bool), Field(ge=0)] = Field(
         default=256, description="most activations waiting in the worker for a slot"
     )

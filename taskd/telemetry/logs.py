@@ -66,7 +66,7 @@ def _rendering(console: bool) -> list[Processor]:
     return [
         structlog.processors.format_exc_info,
         structlog.processors.EventRenamer("message"),
-        structlog.processors.JSONRenderer(),
+        structlog.processors.JSONRenderer(ensure_ascii=False),  # for people: tasks print in any language
     ]
 
 

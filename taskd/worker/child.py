@@ -57,8 +57,11 @@ class Child(Protocol):
         """Take back what the child has not begun to look at: that many of the pieces sent last."""
         ...
 
-    def dismiss(self) -> None:
-        """No more work will come: the child exits when it has done what it has."""
+    def dismiss(self, *, alone: bool = False) -> None:
+        """No more work will come: the child exits when it has done what it has.
+
+        `alone`: nothing that it started may stay, also what left its process group to live on.
+        """
         ...
 
     def look(self) -> None:

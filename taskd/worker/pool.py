@@ -32,6 +32,7 @@ from taskd.worker.process import ProcessSpawner
 from taskd.worker.pull import PullLink, Turns
 from taskd.worker.push import Listen, PushLink, listener
 from taskd.worker.slot import Slot
+from taskd.worker.spares import Spares
 
 log = structlog.get_logger("taskd.worker")
 
@@ -42,6 +43,7 @@ KILL_WITHIN_S = 2.0  # for the end of processes that were killed
 TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is ended, and reported within the grace
 LATE_ROUND_S = 0.5
 STUCK_AFTER_S = 60.0  # longer than a slot may take to end what must end
+MB = 2**20
 MAX_UNTAKEN = 10_000  # a broker that takes no results gives no work
 
 
@@ -83,6 +85,7 @@ class Pool:
         self.name = name
         self.was_warm = False
         self._config = config
+        self._spares = Spares(spawner, config.spare_children)
         self._graces = Graces(config.exception_grace_s, config.terminate_grace_s)
         self._pace = Pace()
         self._backlog = Backlog(
@@ -95,11 +98,12 @@ class Pool:
         self.slots = [
             Slot(
                 number,
-                spawner,
+                self._spares,
                 self._backlog,
                 self._pace,
                 slots=config.slots,
                 max_tasks_per_child=config.max_tasks_per_child,
+                max_rss_bytes=_most_rss_bytes(config),
                 graces=self._graces,
                 on_change=self._changed,
                 rng=rng,
@@ -284,6 +288,7 @@ class Pool:
 
     async def run(self, stop: trio.Event, task_status: trio.TaskStatus[Any]) -> None:
         async with trio.open_nursery() as nursery:
+            await nursery.start(self._spares.run)
             for slot in self.slots:
                 nursery.start_soon(slot.run)
             nursery.start_soon(self.async_part.run)
@@ -291,6 +296,7 @@ class Pool:
                 # Stopping is possible while children do not start.
                 watching.start_soon(_cancel_when, stop, watching.cancel_scope)
                 await self._until_warm()
+                self._spares.begin()
                 self.was_warm = True
                 self._changed()
                 task_status.started(self)
@@ -398,8 +404,11 @@ async def run_pool(
     pool = Pool(
         config,
         name,
-        spawner=spawner or ProcessSpawner(),
-        async_spawner=async_spawner or ProcessSpawner(program=async_part.PROGRAM, shares_step=True),
+        spawner=spawner or ProcessSpawner(memory_limit_bytes=_memory_limit_bytes(config)),
+        async_spawner=async_spawner
+        or ProcessSpawner(
+            program=async_part.PROGRAM, shares_step=True, memory_limit_bytes=_memory_limit_bytes(config)
+        ),
         connect=connect or partial(open_work_stream, access=access),
         call=call or partial(open_client, access=access),
         rng=rng or random.Random(),
@@ -411,6 +420,21 @@ async def run_pool(
                 # Before the children are warm, so that who asks learns that they are not yet.
                 await around.enter_async_context((listen or listener(config))(link.services))
         await pool.run(stop, task_status)
+
+
+def _memory_limit_bytes(config: PoolSection) -> int:
+    """0: none."""
+    return (config.child_memory_limit_mb or 0) * MB
+
+
+def _most_rss_bytes(config: PoolSection) -> int | None:
+    """What a child may have after a task; one that is near its limit has no room for the next."""
+    limits = []
+    if config.max_child_rss_mb is not None:
+        limits.append(config.max_child_rss_mb * MB)
+    if config.child_memory_limit_mb is not None:
+        limits.append(config.child_memory_limit_mb * MB * 4 // 5)
+    return min(limits, default=None)
 
 
 @asynccontextmanager

@@ -168,7 +168,8 @@ class ProcessChild:
             os.set_blocking(fd, False)
         self._work = trio.lowlevel.FdStream(ends.work)
         self._memory = -1  # the system's file on its memory
-        self._dismissed = self._terminated = self._killed = self._ended = False
+        self._dismissed = self._alone = self._terminated = self._killed = self._ended = False
+        self._exit_by = float("inf")  # set when it closed its pipe
         self._splitter = pipe.Splitter(pipe.MAX_REPORT_BYTES)
         self._budget = Budget()
         self._outputs = [
@@ -218,7 +219,8 @@ class ProcessChild:
             os.write(self._ends.token_write, pipe.TOKEN_SKIP * taken)
         return taken
 
-    def dismiss(self) -> None:
+    def dismiss(self, *, alone: bool = False) -> None:
+        self._alone |= alone
         if not self._dismissed:
             self._dismissed = True
             os.close(self._ends.token_write)
@@ -270,7 +272,7 @@ class ProcessChild:
         with trio.move_on_after(EXIT_WITHIN_S):
             await self._wait()
         self.look()
-        in_order = was_asked and self._status() == 0
+        in_order = was_asked and self._status() == 0 and not self._alone
         await self._end_others(in_order=in_order)
         await self._wait()
         self._drain()
@@ -345,7 +347,9 @@ class ProcessChild:
     async def _obituary(self) -> str:
         """How it ended. A child that closed its pipe and lives on is no use, and is killed."""
         self._forget_reports()
-        with trio.move_on_after(EXIT_WITHIN_S) as grace:
+        # Whoever waits for this may stop waiting and come again; the time runs on.
+        self._exit_by = min(self._exit_by, trio.current_time() + EXIT_WITHIN_S)
+        with trio.move_on_at(self._exit_by) as grace:
             await self._wait()
         if grace.cancelled_caught:
             self.kill()

@@ -31,8 +31,8 @@ from taskd.worker.results import Job
 log = structlog.get_logger("taskd.worker")
 
 STALLED_AFTER_S = 0.1  # a task that runs this long gets nothing queued behind it
+LOOK_EVERY_S = 1.0  # at the memory of a child whose task runs long
 BEGIN_WITHIN_S = 30.0  # between two tasks a child only decodes; one that takes longer hangs
-RETIRE_WITHIN_S = 10.0  # for a child that was dismissed with nothing left to do
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 30.0
 
 Health = Literal["starting", "warm", "failing"]
@@ -53,6 +53,7 @@ class Slot:
         *,
         slots: int,
         max_tasks_per_child: int,
+        max_rss_bytes: int | None,
         graces: Graces,
         on_change: Callable[[], None],
         rng: random.Random,
@@ -69,6 +70,7 @@ class Slot:
         self._pace = pace
         self._slots = slots
         self._max_tasks_per_child = max_tasks_per_child
+        self._max_rss_bytes = max_rss_bytes
         self._graces = graces
         self._on_change = on_change
         self._rng = rng
@@ -88,7 +90,8 @@ class Slot:
         self._ladder: Ladder | None = None  # while the running task is being ended
         self._stuck = False
         self._worn = False  # the child gets nothing more, and leaves when it has done what it has
-        self._retiring = False
+        self._leftovers = False
+        self._retired = False
 
     # ---- what the pool asks
 
@@ -158,6 +161,8 @@ class Slot:
     def _whose(self, number: int) -> str | None:
         """Who printed, given the newest task that is known to have printed."""
         job = self._inside.get(max(number, self._running or 0))
+        if job is None and self._running is None:
+            job = next(iter(self._inside.values()), None)  # it began, and that is not read yet
         return None if job is None else job.lease.id
 
     def _announce_ready(self, child: Child) -> None:
@@ -179,20 +184,23 @@ class Slot:
         child.whose = self._whose
         ended_before = self.ended_count
         try:
+            why: str | None = None
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._feed, child)
+                nursery.start_soon(self._feed, child, nursery.cancel_scope)
                 why = await self._follow(child)
                 nursery.cancel_scope.cancel()
-            self._settle(child, why)
+            if why is not None:
+                self._settle(child, why)
         finally:
             if self._inside:
                 child.kill()  # cancelled while a task runs; its lease will end
             self._child = None
-        return self._retiring or self.ended_count > ended_before
+        return self._retired or self.ended_count > ended_before
 
     # ---- feeding
 
-    async def _feed(self, child: Child) -> None:
+    async def _feed(self, child: Child, serving: trio.CancelScope) -> None:
+        """Until the child is worn and has done what it has: that ends `serving`."""
         while not self._worn:
             jobs = self._next_jobs()
             if not jobs:
@@ -211,9 +219,9 @@ class Slot:
         while self._inside:
             self._wake = trio.Event()
             await self._wake.wait()
-        self._retiring, self._since = True, trio.current_time()
-        self._due.deadline = self._check_at()
-        child.dismiss()
+        self._retired = True
+        child.dismiss(alone=self._leftovers)
+        serving.cancel()
 
     def _next_jobs(self) -> list[Job]:
         if self._stuck or self._worn or self._ladder is not None:
@@ -247,30 +255,31 @@ class Slot:
             for report in reports:
                 if not self._handle(report):
                     return f"child {child.pid} reported {report!r:.100}, which it was not asked for"
-            self._after_reports()
+            self._after_reports(child)
 
     def _check_at(self) -> float:
         """When to look after the child even though it says nothing."""
         if self._ladder is not None:
             return self._ladder.next_at
         if self._running is not None:
-            end = self._must_end_at
-            return end if self._stuck else min(end, self._since + STALLED_AFTER_S)
+            stalled_at = self._since + STALLED_AFTER_S
+            return min(self._must_end_at, trio.current_time() + LOOK_EVERY_S if self._stuck else stalled_at)
         if self._inside:
             return self._since + BEGIN_WITHIN_S
-        return self._since + RETIRE_WITHIN_S if self._retiring else float("inf")
+        return float("inf")
 
     def _overdue(self, child: Child) -> None:
         now = trio.current_time()
         if self._ladder is not None:
             self._ladder.climb(now)
         elif self._running is None:
-            # It hangs between two tasks, or did not leave. What follows is the same as after a crash.
+            # It hangs between two tasks. What follows is the same as after a crash.
             self._since = float("inf")
             child.kill()
         else:
             self._stuck = True
             self.recall()
+            child.look()
             if now >= self._must_end_at:
                 self._end_running(child, self._running, asked=True)
 
@@ -301,7 +310,8 @@ class Slot:
                 job = self._inside.pop(number)
                 self._finish(job, verdict, quiet=quiet)
                 if (job.stopped or verdict.reason == "timeout") and self._child and self._child.has_started():
-                    self._wear()  # what the interrupted task started ends with the child
+                    self._leftovers = True  # what the interrupted task started ends with the child
+                    self._wear()
             case pipe.Heartbeat(number, progress, message):
                 if number == self._running:  # else it is late
                     self._alive(self._inside[number], progress, message)
@@ -326,7 +336,10 @@ class Slot:
             self._must_end_at = min(trio.current_time() + job.deadline_s, latest)
         job.account.heartbeat(job, progress, message)
 
-    def _after_reports(self) -> None:
+    def _after_reports(self, child: Child) -> None:
+        if self._max_rss_bytes is not None and child.rss_bytes > self._max_rss_bytes and not self._worn:
+            log.info("child replaced for its memory", slot=self.number, rss_bytes=child.rss_bytes)
+            self._wear()
         self._on_change()
         if len(self._inside) <= self._pace.ahead() // 2:
             self.wake()
@@ -335,9 +348,8 @@ class Slot:
 
     def _settle(self, child: Child, why: str) -> None:
         """The child ended: what it had not begun goes back, what it was at gets its result."""
-        if self._inside or not self._retiring:
-            child.kill()  # it may live on, when it broke the protocol
-            log.warning("child ended", slot=self.number, why=why)
+        child.kill()  # it may live on, when it broke the protocol
+        log.warning("child ended", slot=self.number, why=why)
         back = self._take_back(child)
         for number, job in self._inside.items():
             if job.stopped:

@@ -84,7 +84,7 @@ class ScriptedChild:
         self._tokens.clear()
         return taken
 
-    def dismiss(self) -> None:
+    def dismiss(self, *, alone: bool = False) -> None:
         self._dismissed = True
         self._arrived.set()
 
@@ -140,6 +140,8 @@ class ScriptedChild:
         if self._task.cancelled_caught:
             verdict = RETRY_ON_TIMEOUT if trio.current_time() >= self._task.deadline else CANCELLED
             return self._tell(pipe.Done(number, verdict, int(float(seconds) * 1e6)))
+        if how == "grows":
+            self.rss_bytes = 200 * 2**20
         if how == "crash":
             self.killed = True
         elif how == "late":
@@ -161,6 +163,7 @@ class ScriptedChild:
 @dataclass
 class ScriptedSpawner:
     failures: int = 0
+    start_s: float = 0.0
     children: list[ScriptedChild] = field(default_factory=list)
     open_count: int = 0
     attempts: int = 0
@@ -171,6 +174,7 @@ class ScriptedSpawner:
         if self.failures:
             self.failures -= 1
             raise StartupError("no such interpreter")
+        await trio.sleep(self.start_s)
         child = ScriptedChild(1000 + len(self.children))
         self.children.append(child)
         self.open_count += 1
@@ -332,9 +336,16 @@ async def running(
     slots: int = 2,
     max_tasks_per_child: int = 10_000,
     drain_grace_s: float | None = None,
+    spare_children: int = 0,
+    max_child_rss_mb: int | None = None,
 ) -> AsyncIterator[Running]:
     config = PoolSection(
-        brokers=brokers, slots=slots, max_tasks_per_child=max_tasks_per_child, drain_grace_s=drain_grace_s
+        brokers=brokers,
+        slots=slots,
+        max_tasks_per_child=max_tasks_per_child,
+        drain_grace_s=drain_grace_s,
+        spare_children=spare_children,
+        max_child_rss_mb=max_child_rss_mb,
     )
     spawner = spawner or ScriptedSpawner()
     network, stop, ended = Network(), trio.Event(), trio.Event()
@@ -606,6 +617,28 @@ async def test_children_are_replaced_after_their_share_of_tasks(autojump_clock: 
         await broker.until(lambda: len(broker.results) == 3)
         assert [len(child.started) for child in it.spawner.children] == [2, 1]
         assert it.pool.statistics().crashes == 0
+
+
+async def test_a_child_is_replaced_after_the_task_that_left_it_too_large(autojump_clock: MockClock) -> None:
+    async with running(slots=1, max_child_rss_mb=100) as it:
+        broker = await it.network.accept()
+        broker.tell(work("small", task="0.1"), work("large", task="0.1 grows"), work("c", task="0.1"))
+        await broker.until(lambda: len(broker.results) == 3)
+        assert [result.status for result in broker.results] == [ResultStatus.COMPLETE] * 3
+        assert [child.started for child in it.spawner.children] == [[b"0.1", b"0.1 grows"], [b"0.1"]]
+        assert it.pool.statistics().crashes == 0
+
+
+async def test_a_spare_takes_over_at_once_from_a_child_that_crashed(autojump_clock: MockClock) -> None:
+    spawner = ScriptedSpawner(start_s=5)
+    async with running(spawner=spawner, slots=1, spare_children=1) as it:
+        broker = await it.network.accept()
+        await trio.sleep(6)
+        begin = trio.current_time()
+        broker.tell(work("a", task="0.1 crash"), work("b", task="0.1"))
+        await broker.until(lambda: len(broker.results) == 2)
+        assert trio.current_time() - begin == pytest.approx(0.2, abs=0.01)
+        assert [child.started for child in spawner.children] == [[b"0.1 crash"], [b"0.1"]]
 
 
 async def test_children_that_do_not_start_are_tried_again_slowly(autojump_clock: MockClock) -> None:

@@ -3,174 +3,41 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 from structlog.testing import capture_logs
+from worker_pool_scene import (
+    COMPLETE,
+    CRASHED,
+    FAILURE,
+    RETRY,
+    call,
+    children,
+    gone,
+    open_descriptors,
+    open_pool,
+    remember_others,
+    spawner,
+)
 
 import taskd.worker.entry_pipe as pipe
-from taskd.config.schema import PoolSection
 from taskd.errors import StartupError
-from taskd.rpc.base import ClientStream
-from taskd.wire import frames
-from taskd.wire.frames import Assignment, Result, ResultStatus
-from taskd.wire.parameters import encode
-from taskd.wire.protobuf import bytes_field, text_field, varint_field
+from taskd.wire.frames import Assignment, Result
 from taskd.worker.child import Piece
 from taskd.worker.output import MAX_LINE_BYTES
-from taskd.worker.pool import Pool, run_pool
 from taskd.worker.process import ProcessSpawner
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
-HERE = Path(__file__).parent
-COMPLETE, FAILURE, RETRY, CRASHED = (
-    ResultStatus.COMPLETE,
-    ResultStatus.FAILURE,
-    ResultStatus.RETRY,
-    ResultStatus.CRASHED,
-)
-
-
-def spawner(*modules: str, ready_within_s: float = 60.0) -> ProcessSpawner:
-    return ProcessSpawner(
-        modules=modules or ("worker_child_tasks",),
-        environment={**os.environ, "PYTHONPATH": str(HERE)},
-        ready_within_s=ready_within_s,
-    )
-
-
-def call(
-    id_: str, task: str, *args: object, deadline_s: float = 30, attempts: int = 0, raw: bytes | None = None
-) -> Assignment:
-    parameters = encode(args, {}, "plaintext") if raw is None else raw
-    activation = (
-        text_field(1, id_)
-        + text_field(2, "tests")
-        + text_field(3, task)
-        + bytes_field(5, text_field(1, "who") + text_field(2, "me"))
-        + bytes_field(7, varint_field(1, attempts))
-        + text_field(12, "app")
-        + bytes_field(13, parameters)
-    )
-    return Assignment(id_, 1, activation, int(deadline_s * 1000))
-
-
-class Broker:
-    """A broker in memory that assigns what it is given and takes every result."""
-
-    def __init__(self) -> None:
-        self._out, self._in = trio.open_memory_channel[bytes](10_000)
-        self.results: dict[str, Result] = {}
-        self._arrived = trio.Event()
-        self._welcomed = trio.Event()
-
-    @asynccontextmanager
-    async def connect(self, address: str) -> AsyncIterator[ClientStream]:
-        yield self
-
-    async def send(self, body: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        match frames.decode_worker_frame(body):
-            case frames.Hello():
-                self._tell(frames.Welcome(1, "store", 30_000))
-                self._welcomed.set()
-            case frames.Results(results):
-                self.results.update({result.id: result for result in results})
-                self._tell(frames.Taken(tuple(result.lease for result in results)))
-                self._arrived.set()
-
-    async def receive(self) -> bytes | None:
-        async for body in self._in:
-            return body
-        return None
-
-    async def finish(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self._out.close()
-
-    def _tell(self, frame: frames.BrokerFrame) -> None:
-        self._out.send_nowait(frames.encode_broker_frame(frame))
-
-    async def run(self, *assignments: Assignment) -> list[Result]:
-        """The results of these, in their order."""
-        await self._welcomed.wait()
-        self._tell(frames.Assignments(assignments))
-        with trio.fail_after(30):
-            while not all(item.id in self.results for item in assignments):
-                self._arrived = trio.Event()
-                await self._arrived.wait()
-        return [self.results.pop(item.id) for item in assignments]
-
-
-_OTHERS: set[int] = set()  # children of this process that were there before the test
-
-
-@asynccontextmanager
-async def open_pool(slots: int = 1) -> AsyncIterator[tuple[Broker, Pool]]:
-    broker, stop = Broker(), trio.Event()
-
-    async def run(task_status: trio.TaskStatus[Pool]) -> None:
-        await run_pool(
-            PoolSection(slots=slots),
-            "default",
-            stop=stop,
-            task_status=task_status,
-            spawner=spawner(),
-            connect=broker.connect,
-            rng=random.Random(1),
-        )
-
-    before = open_descriptors()
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            pool = await nursery.start(run)
-            yield broker, pool
-            stop.set()
-    assert open_descriptors() == before
-    assert not children()
-
-
-def open_descriptors() -> set[str]:
-    return {fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
-
-
-def children() -> list[int]:
-    """Worker's children of this process, living and dead ones; other tests may have started servers."""
-    me = str(os.getpid())
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[1] == me and int(stat.parent.name) not in _OTHERS:
-            found.append(int(stat.parent.name))
-    return found
-
 
 @pytest.fixture(autouse=True)
 def _others_known() -> None:
-    _OTHERS.clear()
-    _OTHERS.update(children())
-
-
-async def gone(pid: int) -> None:
-    """Until that process, which is nobody's child here, has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with trio.fail_after(10):
-        await trio.lowlevel.wait_readable(pidfd)
-    os.close(pidfd)
+    remember_others()
 
 
 async def test_outcomes_of_well_behaved_tasks(tmp_path: Path) -> None:
