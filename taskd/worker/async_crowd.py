@@ -37,14 +37,14 @@ MAX_NAMED = 20
 
 
 class AsyncChild(Child, Protocol):
-    def stepping(self) -> int:
-        """The number of the activation its loop is at, also when it is dead; 0: at none of them."""
+    def step(self) -> pipe.Step:
+        """What its loop is at, also when it is dead."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`stall_s`: how long a loop may be silent, in seconds."""
+    """`stall_s`: how long a loop may be at one step, in seconds."""
 
     max_tasks: int
     stall_s: float
@@ -80,6 +80,7 @@ class Activation:
     end: float = float("inf")
     on_timeout: pipe.Verdict | None = None
     quiet: bool = False
+    asked_at: float | None = None  # when it was cancelled at the latest
     cancel_ordered: bool = False
 
 
@@ -114,7 +115,8 @@ class Crowd:
         self._busy = trio.Event()
         self._inside: dict[int, Activation] = {}  # by number, in the order they were sent
         self._sent = 0
-        self._silent_s = 0.0
+        self._steps = 0  # of its loop, when last looked at
+        self._still_s = 0.0  # how long it has been at the newest of them
         self._ladder: Ladder | None = None
         self._stalled_by: int | None = None  # whose step it is in which the loop is blocked; 0: nobody knows
         self._stuck: set[int] = set()  # those that do not end
@@ -187,7 +189,7 @@ class Crowd:
                 continue
             now = trio.current_time()
             if not self._inside:
-                self._silent_s = 0.0
+                self._still_s = 0.0
                 self._busy.set()
             for job in jobs:
                 self._sent += 1
@@ -214,10 +216,6 @@ class Crowd:
                 return str(error)
             except pipe.ProtocolViolation as error:
                 return f"child {self._child.pid} broke the protocol of its pipe: {error}"
-            self._silent_s = 0.0
-            if self._stalled_by is not None and self._ladder and self._ladder.step is Step.INTERRUPTED:
-                self._ladder = self._stalled_by = None  # the loop goes on
-                self._wake.set()
             for report in reports:
                 if not self._handle(report):
                     return f"child {self._child.pid} reported {report!r:.100}, which it was not asked for"
@@ -239,8 +237,6 @@ class Crowd:
             case pipe.Expired(number) if number in self._inside:
                 job = self._inside.pop(number).job
                 job.account.hand_back(job)
-            case pipe.Beat():
-                pass
             case _:
                 return False
         return True
@@ -256,7 +252,7 @@ class Crowd:
     def _alive(self, one: Activation, progress: float | None, message: str) -> None:
         account = one.job.account
         if account.moves_deadlines and one.since is not None and not one.cancel_ordered:
-            one.end = trio.current_time() + one.job.deadline_s
+            one.end, one.asked_at = trio.current_time() + one.job.deadline_s, None
             if account.max_deadline_s is not None:
                 one.end = min(one.end, one.since + max(account.max_deadline_s, one.job.deadline_s))
         account.heartbeat(one.job, progress, message)
@@ -273,33 +269,53 @@ class Crowd:
             now = trio.current_time()
             if now - before > 4 * TICK_S:
                 continue  # this process slept; what the child said meanwhile is not read yet
-            self._silent_s += TICK_S
+            steps = self._child.step().steps
+            self._still_s = self._still_s + TICK_S if steps == self._steps else 0.0
+            self._steps = steps
             self._look(now)
 
     def _look(self, now: float) -> None:
-        if self._ladder is not None:
+        if self._ladder is not None and not self._goes_on(self._ladder):
             self._ladder.climb(now)
             if self._ladder.step is not Step.INTERRUPTED:
                 self.over.set()  # nothing will come of this child: let another one begin
                 self._wake.set()
             return
         if not self._inside:
-            if self.over.is_set() and self._silent_s >= RETIRE_WITHIN_S:
+            if self.over.is_set() and self._still_s >= RETIRE_WITHIN_S:
                 self._child.kill()
             return
-        if self._silent_s >= self._limits.stall_s:
+        if self._still_s >= self._limits.stall_s:
             self._stalled(now)
             return
+        if not self._still_s:
+            self._look_for_stuck(now)
+
+    def _look_for_stuck(self, now: float) -> None:
+        """Those that do not end though the loop goes on, so that their scopes were cancelled for sure."""
         grace_s = self._limits.graces.exception_s
-        self._stuck = {number for number, one in self._inside.items() if now >= one.end + grace_s}
+        for number, one in self._inside.items():
+            if now >= one.end:
+                if one.asked_at is None:
+                    one.asked_at = now
+                elif now >= one.asked_at + grace_s:
+                    self._stuck.add(number)
         if self._stuck:
             self._do_not_end(now, grace_s)
+
+    def _goes_on(self, ladder: Ladder) -> bool:
+        """Whether the interruption was enough."""
+        if self._stalled_by is None or self._still_s or ladder.step is not Step.INTERRUPTED:
+            return False
+        self._ladder = self._stalled_by = None
+        self._wake.set()
+        return True
 
     def _stalled(self, now: float) -> None:
         """The loop is blocked: interrupt the task it is at, and if that does not help, end the child."""
         self._tally.stalls += 1
-        self._stalled_by = number = self._child.stepping()
-        self._tell_who_is_there("the loop of async tasks is blocked", {number}, silent_s=self._silent_s)
+        self._stalled_by = number = self._child.step().number
+        self._tell_who_is_there("the loop of async tasks is blocked", {number}, still_s=self._still_s)
         self.recall()
         self._ladder = Ladder(self._child, number, self._limits.graces, now, asked=False)
 

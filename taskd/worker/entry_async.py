@@ -2,9 +2,8 @@
 
 Started as `python -m taskd.worker.entry_async`, with the pipes and the protocol of entry.py. What differs:
 what it is given begins at once, so the worker gives it no more than may run; an operator's order cancels
-the scope of one task; and while tasks run the loop says `Beat` every second, so that a task that blocks
-it is noticed. Which activation the loop is stepping is written to memory that the worker shares
-(entry_async_step.py), and can be read there when nothing runs here any more.
+the scope of one task; and the loop makes a step every quarter of a second while tasks run. Its
+steps are counted in memory that the worker shares (entry_async_step.py), so a task that blocks it is noticed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from taskd.worker.entry_run import EXIT_PIPES_BROKEN
 
 READ_BYTES = 65_536
 TOKENS_AT_ONCE = 64
-BEAT_S = 1.0
+BEAT_S = 0.25
 
 
 class Pipes:
@@ -90,7 +89,8 @@ class Loop(Host):
         self._given = 0  # the number of the newest piece of work
         self._running: dict[int, Activity] = {}
         self._news = trio.Event()
-        self._ended = trio.Event()  # replaced whenever a task ends
+        self._begun = trio.Event()  # replaced whenever tasks begin
+        self._ended = trio.Event()  # ... and when one ends
 
     async def run(self) -> None:
         """Until the worker wants no more, and what runs has ended."""
@@ -118,6 +118,8 @@ class Loop(Host):
                 activation_number.set(activity.number)  # the new task inherits it, for its very first step
                 nursery.start_soon(activity.run, name=str(activity))
             activation_number.set(0)
+            self._begun.set()
+            self._begun = trio.Event()
 
     def _prepare(self, work: pipe.Work) -> list[Activity]:
         """One to start, or none and a report that says why."""
@@ -156,10 +158,11 @@ class Loop(Host):
             entry_run.flush_prints()
 
     async def _beat(self) -> None:
+        """Make a step now and then: the worker counts them."""
         while True:
             await trio.sleep(BEAT_S)
-            if self._running:
-                self._say(pipe.Beat())
+            while not self._running:
+                await self._begun.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -180,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipes.report(entry_run.load_tasks(arguments.tasks))
         pipes.flush()
         trio.run(Loop(pipes, stepping).run)
-    except OSError as error:
-        print(f"taskd: the pipes to the worker are broken: {error}", file=sys.stderr, flush=True)
+    except* OSError as errors:
+        print(f"taskd: the pipes to the worker are broken: {errors.exceptions}", file=sys.stderr, flush=True)
         os._exit(EXIT_PIPES_BROKEN)
 
 

@@ -1,8 +1,8 @@
 """Inside an async child: which activation the loop is at, known to the worker though nothing runs here.
 
 A loop is blocked by one task, and everything else in it waits. The number of the activation whose code runs
-is kept in memory that the worker shares: when the child is silent, it says who is to blame, also when that
-one holds the interpreter's lock or the process is dead.
+is kept in memory that the worker shares, with a count of all steps: when that stands still, the number says
+who is to blame, also when that one holds the interpreter's lock or the process is dead.
 
 Orders are read here too, because a blocked loop cannot: then the signal that comes with an order interrupts
 the task that blocks it, if it is Python that runs, and the other tasks go on.
@@ -61,10 +61,12 @@ class Stepping(trio.abc.Instrument):
     # ---- Trio calls these around every step of every task
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        step = self._step
+        step[1] += 1
         number = task.context.get(activation_number, 0)
         if number:
             self._since = _monotonic()
-            self._step[0] = number
+            step[0] = number
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         self._step[0] = 0

@@ -131,7 +131,9 @@ class Activity:
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the task only
             if not self._scope.cancel_called:
                 return entry_run.raised(self._run, lone(error))
-            self._was_at = entry_run.describe(error) + "\n"
+            if not self._cancelled:
+                return entry_run.timed_out(self._run, lone(error))
+            self._was_at = entry_run.describe(error)
         return self._broken_off()
 
     async def _await(self, arguments: tuple[list[Any], dict[str, Any]]) -> None:

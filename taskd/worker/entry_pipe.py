@@ -42,8 +42,9 @@ LINE_BREAK = b"\x1d"  # a line break inside such a text
 _LENGTH = struct.Struct(">I")
 _ORDER = struct.Struct(">BQ")
 ORDER_BYTES = _ORDER.size
-STEP_BYTES = 8  # of memory shared with a child that does many things at once: the number of the one it is at
-_READY, _STARTED, _DONE, _EXPIRED, _HEARTBEAT, _BEAT = 1, 2, 3, 4, 5, 6
+_STEP = struct.Struct("=QQ")
+STEP_BYTES = _STEP.size  # of memory shared with a child that does many things at once
+_READY, _STARTED, _DONE, _EXPIRED, _HEARTBEAT = 1, 2, 3, 4, 5
 
 
 class ProtocolViolation(TaskdError):
@@ -136,11 +137,15 @@ class Heartbeat(NamedTuple):
     message: str = ""
 
 
-class Beat(NamedTuple):
-    """The loop of an async child lives."""
+class Step(NamedTuple):
+    """What an async child is at, in shared memory: the activation's number, 0 for none; and how many steps
+    its loop has begun in all. As long as that grows, it is not blocked."""
+
+    number: int
+    steps: int
 
 
-Report = Ready | Started | Done | Expired | Heartbeat | Beat
+Report = Ready | Started | Done | Expired | Heartbeat
 
 
 class Splitter:
@@ -218,6 +223,10 @@ def decode_orders(data: bytes) -> list[Order]:
         raise ProtocolViolation(f"a malformed order: {error}") from None
 
 
+def read_step(memory: bytes) -> Step:
+    return Step(*_STEP.unpack(memory))
+
+
 def encode_report(report: Report) -> bytes:
     match report:
         case Ready():
@@ -230,8 +239,6 @@ def encode_report(report: Report) -> bytes:
             return _frame((_EXPIRED, *report))
         case Heartbeat():
             return _frame((_HEARTBEAT, *report))
-        case Beat():
-            return _frame((_BEAT,))
 
 
 def decode_report(frame: bytes) -> Report:
@@ -246,8 +253,6 @@ def decode_report(frame: bytes) -> Report:
             return Expired(_number(parts[0]))
         if kind == _HEARTBEAT:
             return _heartbeat(*parts)
-        if kind == _BEAT:
-            return Beat()
         if kind == _READY:
             tasks, failures = parts
             return Ready(

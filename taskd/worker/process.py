@@ -235,8 +235,8 @@ class ProcessChild:
     def has_started(self) -> bool:
         return bool(descendants.of(self.pid))
 
-    def stepping(self) -> int:
-        return 0 if self._step is None else int.from_bytes(self._step[: pipe.STEP_BYTES], sys.byteorder)
+    def step(self) -> pipe.Step:
+        return pipe.Step(0, 0) if self._step is None else pipe.read_step(self._step[: pipe.STEP_BYTES])
 
     # ---- end
 

@@ -38,7 +38,6 @@ class SlowChild:
     whose: Whose = nobody
 
     def __init__(self, at_once: int, started: list[str]) -> None:
-        self._beats = at_once > 1
         self._slots = trio.Semaphore(at_once)
         self._started = started
         self._given = 0
@@ -64,12 +63,10 @@ class SlowChild:
             await self._work_in.send((self._given, piece))
 
     async def receive(self) -> list[pipe.Report]:
-        with trio.move_on_after(1 if self._beats else float("inf")):
-            try:
-                return [await self._reports.receive()]
-            except trio.EndOfChannel:
-                raise ChildGone from None
-        return [pipe.Beat()]
+        try:
+            return [await self._reports.receive()]
+        except trio.EndOfChannel:
+            raise ChildGone from None
 
     def take_back(self) -> int:
         return 0
@@ -80,8 +77,8 @@ class SlowChild:
     def look(self) -> None:
         pass
 
-    def stepping(self) -> int:
-        return 0
+    def step(self) -> pipe.Step:
+        return pipe.Step(0, int(trio.current_time() * 10))
 
     def dismiss(self) -> None:
         self._work_in.close()

@@ -49,7 +49,7 @@ class ScriptedChild:
         self.started: list[str] = []
         self.ordered: list[tuple[str, int]] = []
         self._names = names
-        self._step = 0
+        self._step = self._steps = 0
         self._hard = False  # what blocks the loop cannot be interrupted
         self._unblocked: trio.Event | None = None  # set once the loop is not blocked any more
         self._count = 0
@@ -91,8 +91,8 @@ class ScriptedChild:
         self.dismissed = True
         self._news.set()
 
-    def stepping(self) -> int:
-        return self._step
+    def step(self) -> pipe.Step:
+        return pipe.Step(self._step, self._steps)
 
     def order(self, kind: pipe.OrderKind, number: int) -> None:
         self.ordered.append((kind.name, number))
@@ -137,9 +137,8 @@ class ScriptedChild:
 
     async def _beat(self) -> None:
         while True:
-            await trio.sleep(1)
-            if self._scopes and self._unblocked is None:
-                self._tell(pipe.Beat())
+            await trio.sleep(0.2)
+            self._steps += self._unblocked is None
 
     async def _task(self, number: int, name: str) -> None:
         self.started.append(name)
@@ -311,7 +310,7 @@ async def test_a_loop_that_is_not_interrupted_is_killed_and_one_is_to_blame(
     autojump_clock: MockClock,
 ) -> None:
     async with open_scene() as scene:
-        scene.give(call("sleep 60"), call("sleep 50", deadline_s=6))
+        scene.give(call("sleep 60"), call("sleep 50", deadline_s=2))
         blocking, other, past = await scene.run(call("block 60 hard")) + await scene.results(
             "sleep 60", "sleep 50"
         )
