@@ -47,6 +47,7 @@ class Limits:
     """`stall_s`: how long a loop may be at one step, in seconds."""
 
     max_tasks: int
+    max_rss_bytes: int | None
     stall_s: float
     graces: Graces
 
@@ -290,6 +291,18 @@ class Crowd:
             return
         if not self._still_s:
             self._look_for_stuck(now)
+            self._look_at_memory()
+
+    def _look_at_memory(self) -> None:
+        """Replace a child that grew too big. One that is so from its start works all the same."""
+        self._child.look()
+        most_bytes = self._limits.max_rss_bytes
+        if most_bytes is None or self._child.rss_bytes <= most_bytes:
+            return
+        if self.is_useful and not self.over.is_set():
+            log.info("async child replaced for its memory", pid=self.pid, rss_bytes=self._child.rss_bytes)
+            self.over.set()
+            self._wake.set()
 
     def _look_for_stuck(self, now: float) -> None:
         """Those that do not end though the loop goes on, so that their scopes were cancelled for sure."""

@@ -36,12 +36,13 @@ class AsyncPart:
         spawner: AsyncSpawner,
         backlog: Backlog,
         *,
+        max_rss_bytes: int | None,
         graces: Graces,
         on_change: Callable[[], None],
         rng: random.Random,
     ) -> None:
         children = min(config.async_children, config.async_slots)
-        limits = Limits(config.max_tasks_per_child, config.async_stall_s, graces)
+        limits = Limits(config.max_tasks_per_child, max_rss_bytes, config.async_stall_s, graces)
         self.slots = [
             AsyncSlot(
                 number,

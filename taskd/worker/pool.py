@@ -111,7 +111,13 @@ class Pool:
             for number in range(config.slots)
         ]
         self.async_part = AsyncPart(
-            config, async_spawner, self._backlog, graces=self._graces, on_change=self._changed, rng=rng
+            config,
+            async_spawner,
+            self._backlog,
+            max_rss_bytes=_most_rss_bytes(config),
+            graces=self._graces,
+            on_change=self._changed,
+            rng=rng,
         )
         self.links: Sequence[BrokerLink] = (
             self._streams(connect, rng) if config.protocol == "stream" else self._plain_links(call, rng)

@@ -208,7 +208,15 @@ class Scene:
             self.spawner,
             self.backlog,
             capacity=capacity,
-            limits=Limits(**{"max_tasks": 1_000, "stall_s": 5.0, "graces": Graces(1.0, 1.0), **limits}),
+            limits=Limits(
+                **{
+                    "max_tasks": 1_000,
+                    "max_rss_bytes": None,
+                    "stall_s": 5.0,
+                    "graces": Graces(1.0, 1.0),
+                    **limits,
+                }
+            ),
             on_change=self._wake,
             rng=random.Random(1),
         )
@@ -377,6 +385,23 @@ async def test_a_worn_child_finishes_while_its_successor_works(autojump_clock: M
         (slow,) = await scene.results("sleep 30")
         assert slow.status is COMPLETE
         assert scene.slot.tally.crashes == 0
+
+
+async def test_a_child_that_grew_too_big_is_replaced(autojump_clock: MockClock) -> None:
+    async with open_scene(max_rss_bytes=1_000) as scene:
+        scene.give(call("sleep 30"))
+        await trio.sleep(1)
+        first = scene.spawner.children[0]
+        first.rss_bytes = 1_001
+        await trio.sleep(1)
+        assert not first.dismissed, "it has done nothing yet"
+        await scene.run(call("sleep 1"))
+        await trio.sleep(0.5)
+        await scene.run(call("sleep 2"))
+        assert first.dismissed
+        assert scene.spawner.children[1].started == ["sleep 2"]
+        (slow,) = await scene.results("sleep 30")
+        assert slow.status is COMPLETE
 
 
 async def test_a_worn_child_that_does_not_leave_is_ended(autojump_clock: MockClock) -> None:

@@ -55,7 +55,15 @@ class Scene:
             ),
             self.backlog,
             capacity=200,
-            limits=Limits(**{"max_tasks": 10_000, "stall_s": 2.0, "graces": Graces(0.5, 0.5), **limits}),
+            limits=Limits(
+                **{
+                    "max_tasks": 10_000,
+                    "max_rss_bytes": None,
+                    "stall_s": 2.0,
+                    "graces": Graces(0.5, 0.5),
+                    **limits,
+                }
+            ),
             on_change=self._wake,
             rng=random.Random(1),
         )
