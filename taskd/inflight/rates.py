@@ -52,7 +52,9 @@ class Bucket:
 
     @property
     def _most(self) -> int:
-        return self._rate.burst * self._rate.per_ms
+        """The burst, and what a millisecond brings of the next token: clocks tell no less."""
+        rate = self._rate
+        return rate.burst * rate.per_ms + min(rate.count, rate.per_ms) - 1
 
     def _level(self, now_ms: int) -> int:
         level, at_ms = self._state
