@@ -45,7 +45,7 @@ class CancelOrders:
 
     async def cancel(self, request: bytes) -> bytes:
         """Raises Refused before anything is done; a StoreError may leave a part done. Again is harmless."""
-        order = parsed(v1.CancelRequest.parse, request)
+        order = parsed(v1.CancelRequest, request)
         ids = _checked(order.ids)
         author, reason = required(order.author, "author"), required(order.reason, "reason")
         found: list[Cancelled] = []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from taskd.errors import Refused
+from taskd.errors import Refused, Undecodable
 from taskd.inflight.base import Description
 from taskd.inflight.writer import Inflight
 from taskd.rpc.base import Services, Unary
 from taskd.wire.generated.taskd.v1 import ActivationStatus, GetStatusRequest, GetStatusResponse
-from taskd.wire.protobuf import check_whole
+from taskd.wire.messages import read_message
 
 METHOD = "/taskd.v1.InspectService/GetStatus"
 MAX_IDS = 1_000  # of one request
@@ -23,9 +23,8 @@ class Inspect:
 
     async def get_status(self, request: bytes) -> bytes:
         try:
-            check_whole(request)
-            ids = GetStatusRequest.parse(request).ids
-        except Exception as error:  # the generated code raises many kinds
+            ids = read_message(GetStatusRequest, request).ids
+        except Undecodable as error:
             raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None
         if len(ids) > MAX_IDS:
             raise Refused("INVALID_ARGUMENT", f"{len(ids)} ids asked for, at most {MAX_IDS} at once")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TypeVar
 
 import betterproto2
 
 from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource, unusable
 from taskd.clock import Clock
-from taskd.errors import Refused
+from taskd.errors import Refused, Undecodable
 from taskd.inflight.writer import Inflight
 from taskd.rpc.base import Services, Unary
 from taskd.telemetry import audit
 from taskd.wire.generated.taskd import v1
-from taskd.wire.protobuf import check_whole
+from taskd.wire.messages import read_message
 
 SERVICE = "taskd.v1.AdminService"
 MAX_TEXT_CHARS = 1_000  # of a name, a reason, an author
@@ -51,7 +50,7 @@ class Orders:
         }
 
     async def set_switch(self, request: bytes) -> bytes:
-        order = parsed(v1.SetSwitchRequest.parse, request)
+        order = parsed(v1.SetSwitchRequest, request)
         if len(self._inflight.board.switches) >= MAX_SWITCHES:
             raise Refused("RESOURCE_EXHAUSTED", f"there are {MAX_SWITCHES} switches already; take some back")
         until_ms = None
@@ -65,7 +64,7 @@ class Orders:
         return bytes(v1.SetSwitchResponse(switch=wire_switch(stored)))
 
     async def clear_switch(self, request: bytes) -> bytes:
-        order = parsed(v1.ClearSwitchRequest.parse, request)
+        order = parsed(v1.ClearSwitchRequest, request)
         kind = _kind(order.kind)
         author = required(order.author, "author")
         like = None if order.all else _switch(order.kind, order.subject, "taken back", author, None)
@@ -88,7 +87,7 @@ class Orders:
         return bytes(v1.ClearSwitchResponse(cleared=[wire_switch(switch) for switch in cleared]))
 
     async def list_switches(self, request: bytes) -> bytes:
-        parsed(v1.ListSwitchesRequest.parse, request)
+        parsed(v1.ListSwitchesRequest, request)
         found = [wire_switch(switch) for switch in self._inflight.board.switches]
         return bytes(v1.ListSwitchesResponse(switches=found))
 
@@ -207,10 +206,9 @@ def required(value: str, what: str) -> str:
     return value[:MAX_TEXT_CHARS]
 
 
-def parsed(parse: Callable[[bytes], M], request: bytes) -> M:
+def parsed(kind: type[M], request: bytes) -> M:
     """Raises Refused."""
     try:
-        check_whole(request)
-        return parse(request)
-    except Exception as error:  # the generated code raises many kinds
+        return read_message(kind, request)
+    except Undecodable as error:
         raise Refused("INVALID_ARGUMENT", f"the request cannot be read: {error}") from None

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import trio
 
-from taskd.errors import Refused
+from taskd.errors import Refused, Undecodable
 from taskd.rpc.base import Duplex, Services, Stream, Unary
 from taskd.wire.generated.grpc.health.v1 import (
     HealthCheckRequest,
     HealthCheckResponse,
     HealthCheckResponseServingStatus,
 )
-from taskd.wire.protobuf import check_whole
+from taskd.wire.messages import read_message
 
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -60,9 +60,8 @@ def health_services(
 
 def _service_in(request: bytes) -> str:
     try:
-        check_whole(request)
-        return HealthCheckRequest.parse(request).service
-    except Exception as error:  # whatever a decoder makes of foreign bytes
+        return read_message(HealthCheckRequest, request).service
+    except Undecodable as error:
         raise Refused("INVALID_ARGUMENT", f"expected a HealthCheckRequest: {error}") from error
 
 
