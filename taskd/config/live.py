@@ -35,6 +35,7 @@ BROKER = frozenset(
         "rpc.tls.client_ca",
         "rpc.tls.key",
         "store.enforce_max_attempts",
+        "store.max_crashes",
         "store.max_delay_count",
         "store.max_delay_s",
         "store.max_pending_count",

@@ -320,6 +320,9 @@ class StoreSection(Section):
         default=3_000_000_000, description="largest database; reading pauses above it"
     )
     max_processing_attempts: PositiveInt = Field(default=5, description="most times one row may start")
+    max_crashes: PositiveInt = Field(
+        default=3, description="most processes one row may crash: then it fails, with the reason poison"
+    )
     enforce_max_attempts: bool = Field(
         default=False, description="dead-letter what is retried more than 3 times beyond its max_attempts"
     )

@@ -33,6 +33,7 @@ def policy(config: BrokerConfig) -> Policy:
     store, dispatch = config.store, config.dispatch
     return Policy(
         max_processing_attempts=store.max_processing_attempts,
+        max_crashes=store.max_crashes,
         max_processing_deadline_ms=milliseconds_or_none(store.max_processing_deadline_s),
         max_delay_ms=milliseconds_or_none(store.max_delay_s),
         enforce_max_attempts=store.enforce_max_attempts,

@@ -79,6 +79,7 @@ class Policy:
     """Limits the store itself applies. Durations in milliseconds."""
 
     max_processing_attempts: int = 5
+    max_crashes: int = 3
     max_processing_deadline_ms: int | None = None
     max_delay_ms: int | None = None
     enforce_max_attempts: bool = False

@@ -199,7 +199,7 @@ class Leases:
             and (request.knows is None or request.knows.may_serve(*lane.name, request.known_to_any))
             and not self._busy_in_order(lane)
             and not self._store.gate(lane).closed
-            and (not limited or self._limiting.has_room(lane, now))
+            and (not limited or self._limiting.has_room(lane, request, now))
         ]
 
     def pool_states(self) -> list[LimitState]:
@@ -305,7 +305,7 @@ class Leases:
             self._begin(leased, now)  # the result overtook its START, or carried it: it started all the same
         if report.status is ReportStatus.CRASHED:
             if leased.status is Status.PROCESSING:
-                self._end(leased, now, "poison", report.error[:MAX_ERROR_CHARS])
+                self._crash(leased, now, report.error[:MAX_ERROR_CHARS])
             return Verdict.APPLIED
         if report.status is ReportStatus.INTERRUPTED:
             if leased.status is Status.PROCESSING:
@@ -394,14 +394,29 @@ class Leases:
         assert leased is not None  # read in this very transaction
         self._end(leased, now, "deadline", why)
 
-    def _end(self, leased: Leased, now: Now, reason: str, error: str, *, forgive: bool = False) -> None:
+    def _crash(self, leased: Leased, now: Now, error: str) -> None:
+        """Its process ended under it. One that does so again and again would take down the next one, too."""
+        (crashes,) = self._store.one("crash", leased.row)
+        self._end(leased, now, "poison", error, may_wait=crashes < self._store.policy.max_crashes)
+
+    def _end(
+        self,
+        leased: Leased,
+        now: Now,
+        reason: str,
+        error: str,
+        *,
+        forgive: bool = False,
+        may_wait: bool = True,
+    ) -> None:
         """A lease ended without an outcome: wait again, unless that may not be.
 
-        `forgive`: as if it had not been an attempt.
+        `forgive`: as if it had not been an attempt. `may_wait`: as far as is known outside.
         """
+        may_wait &= leased.attempts < self._store.policy.max_processing_attempts
         if leased.at_most_once:
             reason = "at_most_once"
-        elif forgive or leased.attempts < self._store.policy.max_processing_attempts:
+        elif forgive or may_wait:
             self._store.move(leased.row, leased.lane, Status.PROCESSING, Event.LEASE_ENDED)
             self._store.run("requeue", int(forgive and leased.counted), leased.row)
             return

@@ -133,6 +133,9 @@ UPDATE inflight SET lease_end_mono_ms =
   max(lease_end_mono_ms, min(? + deadline_ms, ifnull(started_mono_ms, 0) + ?))
 WHERE id = ?
 
+-- name: crash
+UPDATE inflight SET crashes = crashes + 1 WHERE row = ? RETURNING crashes
+
 -- name: requeue
 UPDATE inflight SET status = 1, attempts = attempts - ?, holder = NULL, counted = 0, started = 0,
   lease_end_mono_ms = NULL

@@ -16,11 +16,11 @@ import structlog
 
 from taskd.errors import StartupError
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 # The oldest schema version whose programs may still open the file after the step to a version. A step that
 # only adds (tables, indexes, columns with a default) leaves it as it was. A step that changes the meaning of
 # what is there names its own version. (2: the first taskd knew no readers older than the file.)
-MIN_READER_VERSIONS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5}
+MIN_READER_VERSIONS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5, 7: 5}
 FOLDER = files("taskd.inflight")
 
 log = structlog.get_logger("taskd.inflight")

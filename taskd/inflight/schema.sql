@@ -64,6 +64,7 @@ CREATE TABLE inflight (
   started_at_ms     INTEGER,
   lease_end_mono_ms INTEGER,
   started_mono_ms   INTEGER,          -- of the lease that runs; its heartbeats move the end, but not for ever
+  crashes           INTEGER NOT NULL DEFAULT 0, -- processes that ended under it
   -- the end
   retry_max_attempts INTEGER,         -- reported with RETRY, replace those in the activation
   retry_delay_s      INTEGER,

@@ -587,6 +587,18 @@ async def test_crashes_decide_by_the_attempts_made(opened: Opener) -> None:
         check(store)
 
 
+async def test_what_ends_its_process_again_and_again_is_poison(opened: Opener) -> None:
+    async with opened(max_processing_attempts=9, max_crashes=2) as store:
+        await put(store, "a", dead_letter=True)
+        await say(store, await one(stream(store)), CRASHED, error="SIGSEGV")
+        await say(store, await one(stream(store)), INTERRUPTED)
+        assert store.counts() == Counter({Status.PENDING: 1}), "only crashes count"
+        await say(store, await one(stream(store)), CRASHED, error="out of memory")
+        (leaving,) = await store.leaving(1)
+        assert (leaving.status, leaving.reason, leaving.error) == (Status.FAILURE, "poison", "out of memory")
+        check(store)
+
+
 async def test_what_was_interrupted_waits_again_and_the_attempt_does_not_count(opened: Opener) -> None:
     async with opened(max_processing_attempts=1) as store:
         await put(store, "a")

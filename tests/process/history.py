@@ -30,6 +30,7 @@ from taskd.log.base import Record
 from taskd.log.tables import Tables
 
 NAMED_AT_MOST = 5
+MAX_CRASHES = 3  # what the configuration says when it says nothing
 STOPPED_BY_CRASHES = ("poison", "deadline")  # reasons of the broker when workers died under it too often
 
 
@@ -162,7 +163,8 @@ class History:
         if kind.at_most_once:
             return last.reason == "at_most_once"  # its worker or its broker died under it
         if last.reason in STOPPED_BY_CRASHES:
-            return last.attempts >= self.max_processing_attempts
+            limit = self.max_processing_attempts
+            return last.attempts >= (min(limit, MAX_CRASHES) if last.reason == "poison" else limit)
         return not kind.completes
 
     def _judge_lines(self, starts: Counter[str]) -> None:

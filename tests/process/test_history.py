@@ -50,6 +50,7 @@ def test_what_may_be() -> None:
     assert judged() == []
     assert judged("noop", RAN * 2) == [], "a duplicate run is counted, not forbidden"
     assert judged("noop", RAN[:1], BY_CRASHES) == [], "five workers died under it"
+    assert judged("noop", RAN[:1], replace(BY_CRASHES, attempts=3)) == [], "three children died under it"
     assert judged("once", RAN[:1], ONCE_LOST) == []
     assert judged("retried", [*RAN, Line("END", "k", THIRD, 2)], *RETRIED) == []
     assert judged("fails_once", RAN[:1], FAILED, letters=(letter("a"),) * 2) == []
@@ -80,7 +81,8 @@ def test_complete_without_an_end() -> None:
     "seen",
     [
         replace(FAILED, dead_lettered=False),
-        replace(BY_CRASHES, attempts=4),
+        replace(BY_CRASHES, attempts=2),
+        replace(BY_CRASHES, reason="deadline", attempts=4),
         replace(GONE, outcome="expired"),
     ],
 )
