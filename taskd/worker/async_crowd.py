@@ -2,10 +2,10 @@
 
 The child ends its tasks at their deadlines by itself. From here it is watched for what it cannot help: a
 task that does not let itself be cancelled, and a loop that is blocked. Both end as for other children, by
-the ladder; but what else ran in the child is not to blame. It is reported as interrupted, so that it is
-handed out again and the attempt does not count - once: who is there when a child must be killed for the
-second time counts as crashed, for the loop may be blocked from a thread, and that nobody can tell. When
-the child dies by itself, any of its tasks may have done it, so all of them count as crashed.
+the ladder. In this case, and when the child dies by itself, it is mostly known whose fault it is: that of
+the activation whose code the loop is at. What else ran there is reported as interrupted: handed out again,
+and the attempt does not count. But only so often, as what a thread does looks like the fault of another
+task, or of none. When nobody is to blame, all count as crashed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ log = structlog.get_logger("taskd.worker")
 
 TICK_S = 0.25
 RETIRE_WITHIN_S = 10.0  # for a child that was dismissed with nothing left to do
+SPARED_TIMES = 4  # an activation that is there more often when a child ends counts as crashed
 MAX_SPARED = 10_000
 MAX_NAMED = 20
 
@@ -60,16 +61,15 @@ class Tally:
     crashes: int = 0
     timeouts: int = 0
     stalls: int = 0
-    _spared: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    _spared: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
     def spare(self, job: Job) -> bool:
-        """Whether this one is to be spared: the first time it is."""
-        if job.lease.id in self._spared:
-            return False
-        self._spared[job.lease.id] = None
+        """Whether this one is to be spared: the first few times it is."""
+        times = self._spared.pop(job.lease.id, 0) + 1
+        self._spared[job.lease.id] = times
         if len(self._spared) > MAX_SPARED:
             self._spared.popitem(last=False)
-        return True
+        return times <= SPARED_TIMES
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +118,7 @@ class Crowd:
         self._sent = 0
         self._steps = 0  # of its loop, when last looked at
         self._still_s = 0.0  # how long it has been at the newest of them
+        self._is_garbled = False  # somebody wrote into its pipe
         self._ladder: Ladder | None = None
         self._stalled_by: int | None = None  # whose step it is in which the loop is blocked; 0: nobody knows
         self._stuck: set[int] = set()  # those that do not end
@@ -216,6 +217,7 @@ class Crowd:
             except ChildGone as error:
                 return str(error)
             except pipe.ProtocolViolation as error:
+                self._is_garbled = True
                 return f"child {self._child.pid} broke the protocol of its pipe: {error}"
             for report in reports:
                 if not self._handle(report):
@@ -362,34 +364,43 @@ class Crowd:
             log.warning("async child ended", why=why, running=len(self._inside))
         self.is_useful = self.is_useful or self.over.is_set()
         now = trio.current_time()
+        culprit = self._culprit()
         left, self._inside = self._inside, {}
         back = [one.job for one in left.values() if one.since is None]
         for number, one in left.items():
             if one.since is not None:
-                self._end(number, one, now, why)
+                self._end(one, self._judge(number, one, now, why, culprit))
         if back:
             self._backlog.put_back(back)
         self._on_change()
 
-    def _end(self, number: int, one: Activation, now: float, why: str) -> None:
-        verdict = self._judge(number, one, now, why)
+    def _end(self, one: Activation, verdict: pipe.Verdict) -> None:
         self._tally.timeouts += verdict.reason == "timeout"
         self._tally.crashes += verdict.status == ResultStatus.CRASHED and not one.job.stopped
         self._finish(one.job, verdict, quiet=one.quiet and verdict.reason == "timeout")
 
-    def _judge(self, number: int, one: Activation, now: float, why: str) -> pipe.Verdict:
+    def _judge(self, number: int, one: Activation, now: float, why: str, culprit: int) -> pipe.Verdict:
         was_killed = self._ladder is not None
         if was_killed and now >= one.end and one.on_timeout is not None:
             text = f"ended with its child at its processing deadline of {one.job.deadline_s:g} s: {why}"
             return one.on_timeout._replace(reason="timeout", error=text)
-        if number == self._stalled_by:
+        if number == culprit and number == self._stalled_by:
             text = f"it blocked the loop that it shares with other tasks; is everything it calls async? {why}"
             return pipe.Verdict(ResultStatus.CRASHED, "blocked", text)
-        if was_killed and self._stalled_by != 0 and self._tally.spare(one.job):
-            return pipe.Verdict(ResultStatus.INTERRUPTED, "interrupted", f"another task in its child: {why}")
-        return pipe.Verdict(
-            ResultStatus.CRASHED, "crashed", f"{why}, and any of its async tasks may be the cause"
-        )
+        if number == culprit:
+            return pipe.Verdict(ResultStatus.CRASHED, "crashed", f"{why}, while the code of this task ran")
+        if (culprit or self._stuck) and self._tally.spare(one.job):
+            return pipe.Verdict(
+                ResultStatus.INTERRUPTED, "interrupted", f"by another task in its child: {why}"
+            )
+        return pipe.Verdict(ResultStatus.CRASHED, "crashed", f"{why}; any task in it may be the cause")
+
+    def _culprit(self) -> int:
+        """The number of the activation that ended the child, or made it be ended; 0: nobody knows."""
+        if self._is_garbled:
+            return 0
+        number = self._child.step().number if self._ladder is None else self._stalled_by
+        return number if number in self._inside else 0
 
     def _finish(self, job: Job, verdict: pipe.Verdict, *, quiet: bool) -> None:
         endings.end(job, verdict, quiet=quiet)

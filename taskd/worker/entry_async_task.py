@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import CoroutineType
 from typing import Any, Protocol
 
 import outcome
@@ -126,8 +127,7 @@ class Activity:
             return arguments, False
         try:
             with running(self._context), self._scope:
-                await self._await(arguments)
-                return entry_run.COMPLETE, False
+                return self._returned(await self._await(arguments))
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the task only
             if not self._scope.cancel_called:
                 return entry_run.raised(self._run, lone(error))
@@ -136,10 +136,17 @@ class Activity:
             self._was_at = entry_run.describe(error)
         return self._broken_off()
 
-    async def _await(self, arguments: tuple[list[Any], dict[str, Any]]) -> None:
+    def _returned(self, value: object) -> tuple[pipe.Verdict, bool]:
+        if isinstance(value, CoroutineType):
+            value.close()
+            text = f"{self._run.task} returned a coroutine, which nobody runs; is an `await` missing?"
+            return entry_run.failure("error", text), False
+        return entry_run.COMPLETE, False
+
+    async def _await(self, arguments: tuple[list[Any], dict[str, Any]]) -> object:
         coroutine: Any = self._run.task.run(*arguments, self._run.body.headers)
         try:
-            await coroutine
+            return await coroutine
         except BaseException as error:
             if self._scope.cancel_called:
                 self._was_at = _place(error)

@@ -16,7 +16,7 @@ import taskd.worker.entry_pipe as pipe
 from taskd.errors import StartupError
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus, TaskName
 from taskd.wire.protobuf import text_field
-from taskd.worker.async_crowd import AsyncChild, Limits
+from taskd.worker.async_crowd import SPARED_TIMES, AsyncChild, Limits
 from taskd.worker.async_slot import AsyncSlot
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import ChildGone, Piece
@@ -30,7 +30,7 @@ RETRY_ON_TIMEOUT = pipe.Verdict(int(RETRY), "timeout", "", 4, 7)
 
 
 def call(name: str, deadline_s: float = 100, expires_in_s: float | None = None) -> Assignment:
-    """What the task does is its name: "sleep 3", "shield 60", "block 9", "block 9 hard", "crash", "mute"."""
+    """What the task does is its name: "sleep 3", "shield 60", "block 9", "block 9 hard", "crash" ..."""
     raw = text_field(1, name) + text_field(2, "tests") + text_field(3, "any") + text_field(12, "app")
     expires_in_ms = None if expires_in_s is None else int(expires_in_s * 1000)
     return Assignment(name, 1, raw, int(deadline_s * 1000), expires_in_ms)
@@ -151,8 +151,10 @@ class ScriptedChild:
         self._news.set()
 
     async def _do(self, number: int, how: str, what: list[str]) -> pipe.Verdict:
-        if how == "crash":
+        if how in ("crash", "vanish"):
+            self._step = number if how == "crash" else 0
             self.kill()
+            await trio.sleep_forever()
         elif how == "mute":
             self._unblocked = trio.Event()  # silent, and nobody knows why
             self._news.set()
@@ -329,9 +331,9 @@ async def test_a_loop_that_is_not_interrupted_is_killed_and_one_is_to_blame(
         assert trio.current_time() < 10  # stall, both graces and a tick
 
 
-async def test_who_is_there_the_second_time_is_not_spared(autojump_clock: MockClock) -> None:
+async def test_who_is_there_too_often_is_not_spared(autojump_clock: MockClock) -> None:
     async with open_scene() as scene:
-        for expected in (INTERRUPTED, CRASHED):
+        for expected in [INTERRUPTED] * SPARED_TIMES + [CRASHED]:
             scene.give(call("sleep 60"), call("block 60 hard"))
             blocking, other = await scene.results("block 60 hard", "sleep 60")
             assert (blocking.status, other.status) == (CRASHED, expected)
@@ -354,11 +356,21 @@ async def test_what_the_blocked_child_did_not_begin_is_run_by_its_successor(
         assert scene.spawner.children[1].started == ["sleep 1"]
 
 
-async def test_a_crash_counts_for_all_that_ran(autojump_clock: MockClock) -> None:
+async def test_a_crash_counts_for_the_one_whose_code_ran(autojump_clock: MockClock) -> None:
     async with open_scene() as scene:
         scene.give(call("sleep 60"))
         await trio.sleep(1)
         bad, other = await scene.run(call("crash")) + await scene.results("sleep 60")
+        assert (bad.status, bad.reason) == (CRASHED, "crashed")
+        assert other.status is INTERRUPTED
+        assert scene.slot.tally.crashes == 1
+
+
+async def test_a_crash_without_a_culprit_counts_for_all_that_ran(autojump_clock: MockClock) -> None:
+    async with open_scene() as scene:
+        scene.give(call("sleep 60"))
+        await trio.sleep(1)
+        bad, other = await scene.run(call("vanish")) + await scene.results("sleep 60")
         assert (bad.status, other.status) == (CRASHED, CRASHED)
         assert scene.slot.tally.crashes == 2
 
