@@ -29,9 +29,9 @@ class Limiting:
     def pool_states(self) -> list[LimitState]:
         return self._pools.states()
 
-    def has_room(self, lane: Lane, now: Now) -> bool:
-        """Whether something of this lane may be handed out."""
-        if lane.namespace in self._store.unsettled:
+    def has_room(self, lane: Lane, request: ClaimRequest, now: Now) -> bool:
+        """Whether something of this lane may be handed out to whoever asks."""
+        if lane.namespace in self._store.unsettled or (lane.taskname and not _concerns(lane, request)):
             return False
         return not lane.limits or room(lane.limits, now.mono_ms) > 0
 
@@ -50,3 +50,12 @@ class Limiting:
         store = self._store
         if store.limits.rated and count:
             store.take_tokens((*lane.limits, *store.limits.in_order(lane, taskname)), count, now)
+
+
+def _concerns(lane: Lane, request: ClaimRequest) -> bool:
+    """Whether a claim should look into the lane of one task: it knows the task, or nobody does."""
+    known = None if request.knows is None else request.knows.in_lane(*lane.name)
+    if known is None or lane.taskname in known:
+        return True
+    to_anyone = None if request.known_to_any is None else request.known_to_any.in_lane(*lane.name)
+    return to_anyone is not None and lane.taskname not in to_anyone

@@ -22,6 +22,7 @@ from taskd.inflight.base import (
     ReportStatus,
     Settlement,
 )
+from taskd.inflight.known import known_tasks
 from taskd.inflight.limits import LimitKind, LimitRule
 from taskd.inflight.rates import Rate
 from taskd.inflight.writer import Inflight, open_inflight
@@ -229,6 +230,18 @@ async def test_a_full_task_with_many_rows_costs_no_look_at_them(opened: Opener) 
         assert names(await claim(store, 100)) == ["b"]
         store._store.db.set_exec_trace(None)
         assert steps < 20
+
+
+async def test_a_worker_that_does_not_know_the_task_does_not_look_at_its_rows(opened: Opener) -> None:
+    async with opened(task_limit(concurrency=9)) as store:
+        await put(store, *(f"s{n}" for n in range(9)), taskname="slow")
+        quick, both = known_tasks([("shop", "ns", "task")]), known_tasks([("shop", "ns", "slow")])
+        assert await claim(store, knows=quick, known_to_any=both) == []
+        assert store._store.passed == {}
+        assert await claim(store, knows=quick, known_to_any=quick) == []
+        assert store.counts() == {Status.PARKED: 9}
+        await store.bring_back(both, 9)
+        assert len(await claim(store, knows=both, known_to_any=both)) == 9
 
 
 # ---- pools
