@@ -2,17 +2,13 @@
 
 The child ends its tasks at their deadlines by itself. From here it is watched for what it cannot help: a
 task that does not let itself be cancelled, and a loop that is blocked. Both end as for other children, by
-the ladder. In this case, and when the child dies by itself, it is mostly known whose fault it is: that of
-the activation whose code the loop is at. What else ran there is reported as interrupted: handed out again,
-and the attempt does not count. But only so often, as what a thread does looks like the fault of another
-task, or of none. When nobody is to blame, all count as crashed.
+the ladder. Who is to blame for it is decided in async_blame.py.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -22,6 +18,7 @@ from taskd.telemetry import metrics
 from taskd.wire.frames import ResultStatus
 from taskd.worker import endings
 from taskd.worker import entry_pipe as pipe
+from taskd.worker.async_blame import Activation, ChildEnd, Tally, judge
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import Child, ChildGone
 from taskd.worker.ladder import Graces, Ladder, Step
@@ -32,8 +29,6 @@ log = structlog.get_logger("taskd.worker")
 
 TICK_S = 0.25
 RETIRE_WITHIN_S = 10.0  # for a child that was dismissed with nothing left to do
-SPARED_TIMES = 4  # an activation that is there more often when a child ends counts as crashed
-MAX_SPARED = 10_000
 MAX_NAMED = 20
 
 
@@ -51,38 +46,6 @@ class Limits:
     max_rss_bytes: int | None
     stall_s: float
     graces: Graces
-
-
-@dataclass(slots=True)
-class Tally:
-    """What became of activations, and who was spared when a child had to be killed; over all children."""
-
-    ended: int = 0
-    crashes: int = 0
-    timeouts: int = 0
-    stalls: int = 0
-    _spared: OrderedDict[str, int] = field(default_factory=OrderedDict)
-
-    def spare(self, job: Job) -> bool:
-        """Whether this one is to be spared: the first few times it is."""
-        times = self._spared.pop(job.lease.id, 0) + 1
-        self._spared[job.lease.id] = times
-        if len(self._spared) > MAX_SPARED:
-            self._spared.popitem(last=False)
-        return times <= SPARED_TIMES
-
-
-@dataclass(eq=False, slots=True)
-class Activation:
-    """One of them. `since`: when it started, None before; `end`: when it must have ended."""
-
-    job: Job
-    since: float | None = None
-    end: float = float("inf")
-    on_timeout: pipe.Verdict | None = None
-    quiet: bool = False
-    asked_at: float | None = None  # when it was cancelled at the latest
-    cancel_ordered: bool = False
 
 
 class Crowd:
@@ -364,12 +327,12 @@ class Crowd:
             log.warning("async child ended", why=why, running=len(self._inside))
         self.is_useful = self.is_useful or self.over.is_set()
         now = trio.current_time()
-        culprit = self._culprit()
+        end = self._how_it_ended(why)
         left, self._inside = self._inside, {}
         back = [one.job for one in left.values() if one.since is None]
         for number, one in left.items():
             if one.since is not None:
-                self._end(one, self._judge(number, one, now, why, culprit))
+                self._end(one, judge(number, one, end, self._tally, now))
         if back:
             self._backlog.put_back(back)
         self._on_change()
@@ -379,28 +342,16 @@ class Crowd:
         self._tally.crashes += verdict.status == ResultStatus.CRASHED and not one.job.stopped
         self._finish(one.job, verdict, quiet=one.quiet and verdict.reason == "timeout")
 
-    def _judge(self, number: int, one: Activation, now: float, why: str, culprit: int) -> pipe.Verdict:
-        was_killed = self._ladder is not None
-        if was_killed and now >= one.end and one.on_timeout is not None:
-            text = f"ended with its child at its processing deadline of {one.job.deadline_s:g} s: {why}"
-            return one.on_timeout._replace(reason="timeout", error=text)
-        if number == culprit and number == self._stalled_by:
-            text = f"it blocked the loop that it shares with other tasks; is everything it calls async? {why}"
-            return pipe.Verdict(ResultStatus.CRASHED, "blocked", text)
-        if number == culprit:
-            return pipe.Verdict(ResultStatus.CRASHED, "crashed", f"{why}, while the code of this task ran")
-        if (culprit or self._stuck) and self._tally.spare(one.job):
-            return pipe.Verdict(
-                ResultStatus.INTERRUPTED, "interrupted", f"by another task in its child: {why}"
-            )
-        return pipe.Verdict(ResultStatus.CRASHED, "crashed", f"{why}; any task in it may be the cause")
-
-    def _culprit(self) -> int:
-        """The number of the activation that ended the child, or made it be ended; 0: nobody knows."""
-        if self._is_garbled:
-            return 0
+    def _how_it_ended(self, why: str) -> ChildEnd:
         number = self._child.step().number if self._ladder is None else self._stalled_by
-        return number if number in self._inside else 0
+        is_known = number in self._inside and not self._is_garbled
+        return ChildEnd(
+            why,
+            culprit=number if number and is_known else 0,
+            was_blocked=self._stalled_by is not None,
+            was_ordered=self._ladder is not None,
+            is_explained=is_known or bool(self._stuck),
+        )
 
     def _finish(self, job: Job, verdict: pipe.Verdict, *, quiet: bool) -> None:
         endings.end(job, verdict, quiet=quiet)

@@ -15,7 +15,8 @@ import structlog
 import trio
 
 from taskd.errors import StartupError
-from taskd.worker.async_crowd import AsyncChild, Crowd, Limits, Tally
+from taskd.worker.async_blame import Tally
+from taskd.worker.async_crowd import AsyncChild, Crowd, Limits
 from taskd.worker.backlog import Backlog
 from taskd.worker.results import Job
 from taskd.worker.slot import BACKOFF_FIRST_S, BACKOFF_MOST_S, Health

@@ -16,7 +16,8 @@ import taskd.worker.entry_pipe as pipe
 from taskd.errors import StartupError
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus, TaskName
 from taskd.wire.protobuf import text_field
-from taskd.worker.async_crowd import SPARED_TIMES, AsyncChild, Limits
+from taskd.worker.async_blame import SPARED_TIMES
+from taskd.worker.async_crowd import AsyncChild, Limits
 from taskd.worker.async_slot import AsyncSlot
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import ChildGone, Piece
