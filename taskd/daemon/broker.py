@@ -20,7 +20,7 @@ from taskd.clock import Clock, SystemClock
 from taskd.config import live
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure, notify, reload, settings, status
-from taskd.daemon.certificates import Certificates
+from taskd.daemon.certificates import BROKER, Certificates
 from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
 from taskd.daemon.locks import hold_data
@@ -118,7 +118,7 @@ class Broker:
         self._inflight = inflight
         self._draining = trio.Event()
         self._secrets = revealed(config.rpc.secrets)
-        self._certificates = Certificates(config)
+        self._certificates = Certificates(config, BROKER)
         self._feeding = Feeding(config, clock, activation_logs, inflight, reads=not evacuates)
         presence = Presence(clock)
         publisher = Publisher(

@@ -1,42 +1,50 @@
-"""The certificates of a broker: read at the start, and again when the configuration is."""
+"""Certificates: read at the start, and again when the configuration is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import structlog
 
-from taskd.config.schema import BrokerConfig
+from taskd.config.schema import BrokerConfig, PoolSection, Section
 from taskd.errors import StartupError
-from taskd.rpc.access import http_tls, push_tls, server_tls
+from taskd.rpc.access import http_tls, listen_tls, pool_tls, push_tls, server_tls
 from taskd.rpc.tls import RenewableContext
 
-log = structlog.get_logger("taskd.broker")
-
+C = TypeVar("C", bound=Section)
 # By section of the configuration; None: TLS is not used there.
-MAKE: Mapping[str, Callable[[BrokerConfig], RenewableContext | None]] = {
+Makers = Mapping[str, Callable[[C], RenewableContext | None]]
+BROKER: Makers[BrokerConfig] = {
     "rpc.tls": lambda config: server_tls(config.rpc),
     "http.tls": lambda config: http_tls(config.http),
     "push.tls": lambda config: push_tls(config.push) if config.dispatch.mode == "push" else None,
 }
+POOL: Makers[PoolSection] = {
+    "tls": pool_tls,
+    "listen.tls": lambda pool: listen_tls(pool.listen) if pool.protocol == "push" else None,
+}
+
+log = structlog.get_logger("taskd.certificates")
 
 
-class Certificates:
+class Certificates(Generic[C]):
     """`contexts` are what listeners and clients were given, and stay the same objects."""
 
-    def __init__(self, config: BrokerConfig) -> None:
+    def __init__(self, config: C, makers: Makers[C]) -> None:
         """Raises StartupError when a file cannot be used."""
-        made = {place: make(config) for place, make in MAKE.items()}
+        self._makers = makers
+        made = {place: make(config) for place, make in makers.items()}
         self.contexts = {place: context for place, context in made.items() if context is not None}
 
-    def renew(self, config: BrokerConfig) -> None:
+    def renew(self, config: C) -> None:
         """Read the files again. What they show and trust holds for connections from now on.
 
         Files that cannot be used are logged, and what was read before holds.
         """
         for place, context in self.contexts.items():
             try:
-                latest = MAKE[place](config)
+                latest = self._makers[place](config)
             except StartupError as error:
                 log.error("the old certificate holds", of=place, problem=str(error))
             else:

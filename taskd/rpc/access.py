@@ -12,6 +12,7 @@ from taskd.clock import Clock
 from taskd.config.schema import (
     HttpSection,
     ListenTlsSection,
+    PoolListenSection,
     PoolSection,
     ProducerConfig,
     PushSection,
@@ -39,9 +40,18 @@ def revealed(secrets: Iterable[SecretStr]) -> Secrets:
 
 def pool_access(section: PoolSection) -> Access:
     """Of a worker's pool. Raises StartupError when a file of its TLS cannot be used."""
+    return Access(revealed(section.secrets), pool_tls(section))
+
+
+def pool_tls(section: PoolSection) -> tls.RenewableContext | None:
+    """Of a pool's calls to its brokers. Raises StartupError as `pool_access`."""
     wanted = section.tls
-    context = None if wanted is None else tls.client_context(wanted.ca, wanted.certificate, wanted.key)
-    return Access(revealed(section.secrets), context)
+    return None if wanted is None else tls.client_context(wanted.ca, wanted.certificate, wanted.key)
+
+
+def listen_tls(section: PoolListenSection) -> tls.RenewableContext | None:
+    """Of where a pool is called. Raises StartupError as `pool_access`."""
+    return _listener_context(section.tls, tls.ALPN)
 
 
 def producer_access(config: ProducerConfig) -> Access:

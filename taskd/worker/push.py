@@ -8,6 +8,7 @@ Results go to the one broker that the pool names.
 from __future__ import annotations
 
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -17,8 +18,7 @@ import trio
 from taskd.clock import SystemClock
 from taskd.config.schema import PoolSection
 from taskd.errors import Refused, Undecodable
-from taskd.rpc import tls
-from taskd.rpc.access import revealed, server_guard
+from taskd.rpc.access import listen_tls, revealed, server_guard
 from taskd.rpc.base import Services, Unary
 from taskd.rpc.health import health_services
 from taskd.rpc.server import serve
@@ -145,16 +145,15 @@ class PushLink(PlainLink):
         return self._reporting.has_ended
 
 
-def listener(config: PoolSection) -> Listen:
+def listener(config: PoolSection, context: ssl.SSLContext | None = None) -> Listen:
     """Serves where the pool listens. Raises StartupError: when called, for TLS; when opened, for the port.
+
+    `context` of TLS; without, it is made of the pool's files.
 
     Who can reach it and knows a secret of the pool (or, without secrets, anybody) can have tasks run.
     """
     where = config.listen
-    files = where.tls
-    context = None
-    if files is not None:
-        context = tls.server_context(files.certificate, files.key, files.client_ca, tls.ALPN)
+    context = context or listen_tls(where)
     guard = server_guard(revealed(config.secrets), SystemClock())
 
     @asynccontextmanager

@@ -9,8 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from taskd.config import live
-from taskd.config.schema import BrokerConfig
-from taskd.daemon.certificates import Certificates
+from taskd.config.schema import BrokerConfig, PoolSection
+from taskd.daemon.certificates import BROKER, POOL, Certificates
 
 trustme = pytest.importorskip("trustme")
 
@@ -37,7 +37,7 @@ def issue(folder: Path) -> None:
 def test_every_context_is_renewed_also_from_other_paths(tmp_path: Path) -> None:
     issue(tmp_path / "old")
     issue(tmp_path / "new")
-    certificates = Certificates(config(tmp_path / "old"))
+    certificates = Certificates(config(tmp_path / "old"), BROKER)
     before = {place: context.latest for place, context in certificates.contexts.items()}
     assert set(before) == {"rpc.tls", "http.tls", "push.tls"}
     with capture_logs() as logs:
@@ -48,7 +48,7 @@ def test_every_context_is_renewed_also_from_other_paths(tmp_path: Path) -> None:
 
 def test_a_wrong_file_is_named_and_what_was_holds(tmp_path: Path) -> None:
     issue(tmp_path / "a")
-    certificates = Certificates(config(tmp_path / "a"))
+    certificates = Certificates(config(tmp_path / "a"), BROKER)
     before = {place: context.latest for place, context in certificates.contexts.items()}
     (tmp_path / "a" / "both.pem").write_text("torn")
     with capture_logs() as logs:
@@ -63,8 +63,8 @@ def test_a_wrong_file_is_named_and_what_was_holds(tmp_path: Path) -> None:
 def test_what_is_not_used_is_not_read(tmp_path: Path) -> None:
     issue(tmp_path / "a")
     held = BrokerConfig.model_validate({"push": {"tls": {"ca": tmp_path / "missing.pem"}}})
-    assert Certificates(held).contexts == {}
-    certificates = Certificates(config(tmp_path / "a", mode="pull"))
+    assert Certificates(held, BROKER).contexts == {}
+    certificates = Certificates(config(tmp_path / "a", mode="pull"), BROKER)
     assert set(certificates.contexts) == {"rpc.tls", "http.tls"}
     shutil.rmtree(tmp_path / "a")
     with capture_logs() as logs:
@@ -88,3 +88,17 @@ def test_other_files_need_no_restart_but_turning_tls_on_does(tmp_path: Path) -> 
         "push.tls.certificate": True,
         "push.tls.key": True,
     }
+
+
+def test_a_pool_has_its_own(tmp_path: Path) -> None:
+    issue(tmp_path / "a")
+    both = tmp_path / "a" / "both.pem"
+    files = {"certificate": both, "key": both}
+    section = {"tls": files, "protocol": "push", "listen": {"tls": files}, "secrets": ["x"]}
+    pool = PoolSection.model_validate(section)
+    certificates = Certificates(pool, POOL)
+    before = {place: context.latest for place, context in certificates.contexts.items()}
+    assert set(before) == {"tls", "listen.tls"}
+    certificates.renew(pool)
+    assert all(context.latest is not before[place] for place, context in certificates.contexts.items())
+    assert Certificates(PoolSection(), POOL).contexts == {}
