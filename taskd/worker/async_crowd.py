@@ -1,15 +1,13 @@
 """All that runs in one async child: fed, followed, watched, and settled when the child ends.
 
-The child ends its tasks at their deadlines by itself. From here it is watched for what it cannot help: a
-task that does not let itself be cancelled, and a loop that is blocked. Both end as for other children, by
-the ladder. Who is to blame for it is decided in async_blame.py.
+The child ends its tasks at their deadlines by itself. For what it cannot help it is watched (async_watch.py),
+and who is to blame for its end is decided in async_blame.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 import trio
@@ -18,10 +16,11 @@ from taskd.telemetry import metrics
 from taskd.wire.frames import ResultStatus
 from taskd.worker import endings
 from taskd.worker import entry_pipe as pipe
-from taskd.worker.async_blame import Activation, ChildEnd, Tally, judge
+from taskd.worker.async_blame import Activation, Tally, judge
+from taskd.worker.async_watch import AsyncChild, LoopWatch
 from taskd.worker.backlog import Backlog
-from taskd.worker.child import Child, ChildGone
-from taskd.worker.ladder import Graces, Ladder, Step
+from taskd.worker.child import ChildGone
+from taskd.worker.ladder import Graces
 from taskd.worker.results import Job
 from taskd.worker.slot import piece
 
@@ -29,13 +28,6 @@ log = structlog.get_logger("taskd.worker")
 
 TICK_S = 0.25
 RETIRE_WITHIN_S = 10.0  # for a child that was dismissed with nothing left to do
-MAX_NAMED = 20
-
-
-class AsyncChild(Child, Protocol):
-    def step(self) -> pipe.Step:
-        """What its loop is at, also when it is dead."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +71,10 @@ class Crowd:
         self._busy = trio.Event()
         self._inside: dict[int, Activation] = {}  # by number, in the order they were sent
         self._sent = 0
-        self._steps = 0  # of its loop, when last looked at
-        self._still_s = 0.0  # how long it has been at the newest of them
         self._is_garbled = False  # somebody wrote into its pipe
-        self._ladder: Ladder | None = None
-        self._stalled_by: int | None = None  # whose step it is in which the loop is blocked; 0: nobody knows
-        self._stuck: set[int] = set()  # those that do not end
+        self._watch = LoopWatch(
+            child, self._inside, tally, limits.stall_s, limits.graces, before_end=self.recall
+        )
 
     # ---- what the slot asks
 
@@ -136,7 +126,7 @@ class Crowd:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._feed)
-                nursery.start_soon(self._watch)
+                nursery.start_soon(self._keep_watch)
                 why = await self._follow()
                 nursery.cancel_scope.cancel()
             self._settle(why)
@@ -154,7 +144,7 @@ class Crowd:
                 continue
             now = trio.current_time()
             if not self._inside:
-                self._still_s = 0.0
+                self._watch.still_s = 0.0
                 self._busy.set()
             for job in jobs:
                 self._sent += 1
@@ -163,12 +153,12 @@ class Crowd:
                 self.over.set()
             await self._child.send([piece(job, now) for job in jobs])
         self._busy.set()
-        if self._ladder is None:
+        if self._watch.ladder is None:
             self._child.dismiss()  # it leaves when it has done what it has
 
     def _next_jobs(self) -> list[Job]:
         room = min(self._room(), self._limits.max_tasks - self._sent)
-        if room <= 0 or self._ladder is not None:
+        if room <= 0 or self._watch.ladder is not None:
             return []
         return self._backlog.take_async(room, trio.current_time())
 
@@ -194,9 +184,9 @@ class Crowd:
                 self._started(number, on_timeout, quiet)
             case pipe.Done(number, verdict, duration_us, quiet) if number in self._inside:
                 metrics.worker_task_seconds.observe(duration_us / 1e6)
-                self._stuck.discard(number)
                 self._tally.timeouts += verdict.reason == "timeout"
-                self._finish(self._inside.pop(number).job, verdict, quiet=quiet)
+                one = self._inside.pop(number)
+                self._finish(one.job, self._watch.corrected(number, one, verdict), quiet=quiet)
             case pipe.Heartbeat(number, progress, message):
                 if number in self._inside:  # else it is late
                     self._alive(self._inside[number], progress, message)
@@ -225,7 +215,7 @@ class Crowd:
 
     # ---- watching
 
-    async def _watch(self) -> None:
+    async def _keep_watch(self) -> None:
         while True:
             while not self._inside and not self.over.is_set():
                 self._busy = trio.Event()
@@ -235,28 +225,16 @@ class Crowd:
             now = trio.current_time()
             if now - before > 4 * TICK_S:
                 continue  # this process slept; what the child said meanwhile is not read yet
-            steps = self._child.step().steps
-            self._still_s = self._still_s + TICK_S if steps == self._steps else 0.0
-            self._steps = steps
             self._look(now)
 
     def _look(self, now: float) -> None:
-        if self._ladder is not None and not self._goes_on(self._ladder):
-            self._ladder.climb(now)
-            if self._ladder.step is not Step.INTERRUPTED:
-                self.over.set()  # nothing will come of this child: let another one begin
-                self._wake.set()
-            return
-        if not self._inside:
-            if self.over.is_set() and self._still_s >= RETIRE_WITHIN_S:
-                self._child.kill()
-            return
-        if self._still_s >= self._limits.stall_s:
-            self._stalled(now)
-            return
-        if not self._still_s:
-            self._look_for_stuck(now)
+        self._watch.look(now, TICK_S)
+        if self._watch.gave_up:
+            self._retire()  # nothing will come of this child: let another one begin
+        elif self._inside:
             self._look_at_memory()
+        elif self.over.is_set() and self._watch.still_s >= RETIRE_WITHIN_S:
+            self._child.kill()
 
     def _look_at_memory(self) -> None:
         """Replace a child that grew too big. One that is so from its start works all the same."""
@@ -266,57 +244,11 @@ class Crowd:
             return
         if self.is_useful and not self.over.is_set():
             log.info("async child replaced for its memory", pid=self.pid, rss_bytes=self._child.rss_bytes)
-            self.over.set()
-            self._wake.set()
+            self._retire()
 
-    def _look_for_stuck(self, now: float) -> None:
-        """Those that do not end though the loop goes on, so that their scopes were cancelled for sure."""
-        grace_s = self._limits.graces.exception_s
-        for number, one in self._inside.items():
-            if now >= one.end:
-                if one.asked_at is None:
-                    one.asked_at = now
-                elif now >= one.asked_at + grace_s:
-                    self._stuck.add(number)
-        if self._stuck:
-            self._do_not_end(now, grace_s)
-
-    def _goes_on(self, ladder: Ladder) -> bool:
-        """Whether the interruption was enough."""
-        if self._stalled_by is None or self._still_s or ladder.step is not Step.INTERRUPTED:
-            return False
-        self._ladder = self._stalled_by = None
+    def _retire(self) -> None:
+        self.over.set()
         self._wake.set()
-        return True
-
-    def _stalled(self, now: float) -> None:
-        """The loop is blocked: interrupt the task it is at, and if that does not help, end the child."""
-        self._tally.stalls += 1
-        self._stalled_by = number = self._child.step().number
-        self._tell_who_is_there("the loop of async tasks is blocked", {number}, still_s=self._still_s)
-        self.recall()
-        self._ladder = Ladder(self._child, number, self._limits.graces, now, asked=False)
-
-    def _do_not_end(self, now: float, grace_s: float) -> None:
-        """They were cancelled in time, by the child itself or by an order, and shield themselves."""
-        self._tell_who_is_there("async tasks do not let themselves be cancelled", self._stuck)
-        self.recall()
-        number = min(self._stuck)
-        self._ladder = Ladder(self._child, number, self._limits.graces, now - grace_s, asked=True)
-        self._look(now)
-
-    def _tell_who_is_there(self, what: str, culprits: Collection[int], **more: object) -> None:
-        ids = {number: one.job.lease.id for number, one in self._inside.items() if one.since is not None}
-        guilty = [id_ for number, id_ in ids.items() if number in culprits]
-        others = [id_ for number, id_ in ids.items() if number not in culprits]
-        log.error(
-            what,
-            pid=self._child.pid,
-            guilty=guilty[:MAX_NAMED],
-            others=others[:MAX_NAMED],
-            others_count=len(others),
-            **more,
-        )
 
     # ---- endings
 
@@ -327,8 +259,9 @@ class Crowd:
             log.warning("async child ended", why=why, running=len(self._inside))
         self.is_useful = self.is_useful or self.over.is_set()
         now = trio.current_time()
-        end = self._how_it_ended(why)
-        left, self._inside = self._inside, {}
+        end = self._watch.how_it_ended(why, is_garbled=self._is_garbled)
+        left = dict(self._inside)
+        self._inside.clear()
         back = [one.job for one in left.values() if one.since is None]
         for number, one in left.items():
             if one.since is not None:
@@ -341,17 +274,6 @@ class Crowd:
         self._tally.timeouts += verdict.reason == "timeout"
         self._tally.crashes += verdict.status == ResultStatus.CRASHED and not one.job.stopped
         self._finish(one.job, verdict, quiet=one.quiet and verdict.reason == "timeout")
-
-    def _how_it_ended(self, why: str) -> ChildEnd:
-        number = self._child.step().number if self._ladder is None else self._stalled_by
-        is_known = number in self._inside and not self._is_garbled
-        return ChildEnd(
-            why,
-            culprit=number if number and is_known else 0,
-            was_blocked=self._stalled_by is not None,
-            was_ordered=self._ladder is not None,
-            is_explained=is_known or bool(self._stuck),
-        )
 
     def _finish(self, job: Job, verdict: pipe.Verdict, *, quiet: bool) -> None:
         endings.end(job, verdict, quiet=quiet)

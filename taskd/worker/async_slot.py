@@ -16,7 +16,8 @@ import trio
 
 from taskd.errors import StartupError
 from taskd.worker.async_blame import Tally
-from taskd.worker.async_crowd import AsyncChild, Crowd, Limits
+from taskd.worker.async_crowd import Crowd, Limits
+from taskd.worker.async_watch import AsyncChild
 from taskd.worker.backlog import Backlog
 from taskd.worker.results import Job
 from taskd.worker.slot import BACKOFF_FIRST_S, BACKOFF_MOST_S, Health

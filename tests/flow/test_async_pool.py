@@ -18,7 +18,7 @@ from taskd.config.schema import PoolSection
 from taskd.rpc.base import ClientStream
 from taskd.wire.envelope import scan
 from taskd.wire.frames import ResultStatus
-from taskd.worker.async_crowd import AsyncChild
+from taskd.worker.async_watch import AsyncChild
 from taskd.worker.child import ChildGone, Piece
 from taskd.worker.output import Whose, nobody
 from taskd.worker.pool import Pool, run_pool

@@ -17,8 +17,9 @@ from taskd.errors import StartupError
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus, TaskName
 from taskd.wire.protobuf import text_field
 from taskd.worker.async_blame import SPARED_TIMES
-from taskd.worker.async_crowd import AsyncChild, Limits
+from taskd.worker.async_crowd import Limits
 from taskd.worker.async_slot import AsyncSlot
+from taskd.worker.async_watch import AsyncChild
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import ChildGone, Piece
 from taskd.worker.ladder import Graces
@@ -167,6 +168,8 @@ class ScriptedChild:
             with trio.move_on_after(float(what[0])):
                 await unblocked.wait()
             unblocked.set()
+            if self._hard and ("CANCEL", number) in self.ordered:
+                return pipe.Verdict(int(FAILURE), "cancelled")  # it reads the order now
             return pipe.Verdict(int(FAILURE), "error")
         else:
             with trio.CancelScope(shield=how == "shield"):
@@ -330,6 +333,15 @@ async def test_a_loop_that_is_not_interrupted_is_killed_and_one_is_to_blame(
         assert (past.status, past.reason) == (RETRY, "timeout")
         assert (scene.slot.tally.crashes, scene.slot.tally.timeouts) == (1, 1)
         assert trio.current_time() < 10  # stall, both graces and a tick
+
+
+async def test_a_loop_that_goes_on_by_itself_after_all(autojump_clock: MockClock) -> None:
+    async with open_scene() as scene:
+        scene.give(call("sleep 20"))
+        (blocking,) = await scene.run(call("block 5.8 hard"))
+        assert (blocking.status, blocking.reason) == (FAILURE, "blocked"), "nobody else cancelled it"
+        (other,) = await scene.results("sleep 20")
+        assert other.status is COMPLETE
 
 
 async def test_who_is_there_too_often_is_not_spared(autojump_clock: MockClock) -> None:
