@@ -125,12 +125,12 @@ class Spares(Generic[C]):
         with kept.life:
             with kept.waiting:
                 why = await _until_ended(kept.child)
-                self._ready.remove(kept)
-                log.warning("spare child ended", why=why)
-                await trio.sleep(
-                    AGAIN_AFTER_S
-                )  # or they would end one after the other, as fast as they start
-                return
+                if kept in self._ready:
+                    self._ready.remove(kept)
+                    log.warning("spare child ended", why=why)
+                    await trio.sleep(AGAIN_AFTER_S)  # or they would end as fast as they start
+                    return
+                # It was taken a moment ago: whoever did so finds out.
             kept.handed_over.set()
             await kept.released.wait()
 

@@ -173,3 +173,15 @@ async def test_a_child_in_use_is_ended_after_its_user_let_go(autojump_clock: Moc
         nursery.cancel_scope.cancel()
     assert order == ["let go"]
     assert spawner.open_count == 0
+
+
+async def test_a_spare_that_ends_while_it_is_taken_harms_nobody_else(autojump_clock: MockClock) -> None:
+    async with spares(1) as (it, spawner):
+        it.begin()
+        await trio.sleep(START_S + 1)
+        spawner.children[0].gone.set()  # and before anybody was told:
+        async with it.open() as child:
+            with pytest.raises(ChildGone):
+                await child.receive()
+        await trio.sleep(60)
+        assert it.ready_count == 1
