@@ -115,6 +115,9 @@ worker_tasks = _counter("taskd_worker_tasks_total", "Tasks that ended in this wo
 worker_results_refused = _counter(
     "taskd_worker_results_refused_total", "Results that a broker of the plain protocol called invalid"
 )
+worker_loop_stalls = _counter(
+    "taskd_worker_loop_stalls_total", "Times an async task blocked the loop that it shares with others"
+)
 worker_task_seconds = _histogram("taskd_worker_task_seconds", "Run time of tasks in the child", _RUN_S)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import structlog
 
+from taskd.telemetry import metrics
 from taskd.worker import entry_pipe as pipe
 from taskd.worker.async_blame import Activation, ChildEnd, Tally
 from taskd.worker.child import Child
@@ -85,6 +86,7 @@ class LoopWatch:
     def _end_stall(self, now: float) -> None:
         """Interrupt the task the loop is at; if that does not help, end the child."""
         self._tally.stalls += 1
+        metrics.worker_loop_stalls.inc()
         self._stalled_by = number = self._child.step().number
         self._interrupted.add(number)
         self._tell_who_is_there("the loop of async tasks is blocked", {number}, still_s=self.still_s)
