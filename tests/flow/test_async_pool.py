@@ -25,6 +25,7 @@ from taskd.worker.pool import Pool, run_pool
 
 Broker = Any
 DONE = pipe.Verdict(int(ResultStatus.COMPLETE))
+FAILED = pipe.Verdict(int(ResultStatus.FAILURE))
 TASKS = (pipe.KnownTask("app", "ns", "plain"), pipe.KnownTask("app", "ns", "loop", True))
 RUN_S = 10.0
 
@@ -52,7 +53,7 @@ class SlowChild:
 
     async def _task(self, number: int, piece: Piece) -> None:
         self._started.append(scan(piece.activation).id)
-        self._out.send_nowait(pipe.Started(number, DONE))
+        self._out.send_nowait(pipe.Started(number, FAILED))
         await trio.sleep(RUN_S)
         self._out.send_nowait(pipe.Done(number, DONE, 1))
         self._slots.release()
@@ -233,3 +234,17 @@ async def test_a_drain_lets_async_tasks_finish(broker: Broker, autojump_clock: M
     assert of_loop.started == ["loop0", "loop1"]
     assert left(broker) == 3
     assert pool.statistics().in_children == 0
+
+
+async def test_what_outlives_the_grace_of_a_drain_runs_again_elsewhere(
+    broker: Broker, autojump_clock: MockClock
+) -> None:
+    async with open_pool(broker, slots=1, async_slots=2, drain_grace_s=3.0) as (_, __, of_loop):
+        await produce(broker, "loop", 2)
+        await trio.sleep(1)
+    assert of_loop.started == ["loop0", "loop1"]
+    assert broker.inflight.counts() == Counter({Status.PENDING: 2})
+    async with open_pool(broker, slots=1, async_slots=2) as (_, __, of_loop):
+        await trio.sleep(RUN_S + 5)
+        assert of_loop.started == ["loop0", "loop1"]
+        assert left(broker) == 0
