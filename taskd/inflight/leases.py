@@ -199,7 +199,7 @@ class Leases:
             and (request.knows is None or request.knows.may_serve(*lane.name, request.known_to_any))
             and not self._busy_in_order(lane)
             and not self._store.gate(lane).closed
-            and (not limited or self._limiting.has_room(lane, now))
+            and (not limited or self._limiting.has_room(lane, request, now))
         ]
 
     def pool_states(self) -> list[LimitState]:
