@@ -83,6 +83,10 @@ class Crowd:
         return [one.job for one in self._inside.values()]
 
     @property
+    def takes_work(self) -> bool:
+        return not self.over.is_set() and self._watch.ladder is None
+
+    @property
     def count(self) -> int:
         return len(self._inside)
 
@@ -158,7 +162,7 @@ class Crowd:
 
     def _next_jobs(self) -> list[Job]:
         room = min(self._room(), self._limits.max_tasks - self._sent)
-        if room <= 0 or self._watch.ladder is not None:
+        if room <= 0 or not self.takes_work:
             return []
         return self._backlog.take_async(room, trio.current_time())
 

@@ -52,6 +52,7 @@ class AsyncPart:
                 limits=limits,
                 on_change=on_change,
                 rng=rng,
+                fair=self._fair if children > 1 else None,
             )
             for number in range(children)
         ]
@@ -77,6 +78,13 @@ class AsyncPart:
     def is_warm(self) -> bool:
         """Whether it can do what it is needed for."""
         return not self.is_needed or all(slot.health == "warm" for slot in self.slots)
+
+    def _fair(self, slot: AsyncSlot) -> int:
+        """How many more a slot may take, so that the children get equally many."""
+        others = [other for other in self.slots if other is not slot and other.takes_work]
+        share = -(-self._backlog.async_count // (1 + len(others)))
+        fewest = min((other.jobs_count for other in (slot, *others)), default=0)
+        return fewest + share - slot.jobs_count
 
     @property
     def held(self) -> int:

@@ -34,7 +34,8 @@ class AsyncSpawner(Protocol):
 class AsyncSlot:
     """Run it with `run`; everything else may be called from other tasks at any time.
 
-    `capacity`: how many activations run at once. `on_change`: called when a task ended or the slot's health
+    `capacity`: how many activations run at once. `fair`: how many more this slot may take for its share, when
+    there are several. `on_change`: called when a task ended or the slot's health
     changed.
     """
 
@@ -48,6 +49,7 @@ class AsyncSlot:
         limits: Limits,
         on_change: Callable[[], None],
         rng: random.Random,
+        fair: Callable[[AsyncSlot], int] | None = None,
     ) -> None:
         self.number = number
         self.capacity = capacity
@@ -57,6 +59,7 @@ class AsyncSlot:
         self._spawner = spawner
         self._backlog = backlog
         self._limits = limits
+        self._fair = fair
         self._on_change = on_change
         self._rng = rng
         self._crowds: list[Crowd] = []
@@ -75,6 +78,15 @@ class AsyncSlot:
     @property
     def jobs_count(self) -> int:
         return sum(crowd.count for crowd in self._crowds)
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether one of its children takes more, as far as there is room."""
+        return any(crowd.takes_work for crowd in self._crowds)
+
+    def _room(self) -> int:
+        room = self.capacity - self.jobs_count
+        return room if self._fair is None else min(room, self._fair(self))
 
     @property
     def free(self) -> int:
@@ -130,7 +142,7 @@ class AsyncSlot:
                 self._backlog,
                 self._limits,
                 self.tally,
-                room=lambda: self.capacity - self.jobs_count,
+                room=self._room,
                 on_change=self._on_change,
             )
             self._crowds.append(crowd)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
@@ -161,7 +162,8 @@ async def open_pool(broker: Broker, **config: Any) -> AsyncIterator[tuple[Pool, 
 
 
 async def produce(broker: Broker, task: str, count: int) -> list[str]:
-    ids = [f"{task}{number}" for number in range(count)]
+    first = broker.inflight.counts().total()
+    ids = [f"{task}{first + number}" for number in range(count)]
     await broker.produce(
         *(
             broker.activation(id_, application="app", taskname=task, processing_deadline_duration=60)
@@ -214,6 +216,18 @@ async def test_many_async_activations_are_taken_at_once(broker: Broker, autojump
         assert pool.statistics().async_running == 90
         await trio.sleep(11)
         assert left(broker) == 0
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_several_children_get_equally_many(
+    broker: Broker, autojump_clock: MockClock, at_once: bool
+) -> None:
+    async with open_pool(broker, slots=1, async_slots=40, async_children=4) as (pool, _, of_loop):
+        for _ in range(1 if at_once else 20):
+            await produce(broker, "loop", 20 if at_once else 1)
+            await trio.sleep(0.1)
+        assert of_loop.children == 4
+        assert [slot.jobs_count for slot in pool.async_part.slots] == [5, 5, 5, 5]
 
 
 async def test_a_pool_without_room_for_async_tasks_leaves_them_to_others(
