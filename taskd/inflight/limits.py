@@ -83,6 +83,11 @@ class Limit:
             return False
         return rule.kind is LimitKind.NAMESPACE or self.in_order or rule.taskname == lane.taskname
 
+    @property
+    def words(self) -> str:
+        """How people are told of it: `limit of task mail:send`."""
+        return f"limit of {self.rule.kind.value} {self.rule.name}"
+
     def live(self) -> int:
         """Leases now."""
         return sum(lane.held for lane in list(self.lanes.values()))

@@ -250,5 +250,5 @@ SELECT id FROM inflight WHERE row = ?
 
 -- name: describe
 SELECT id, status, outcome, continued_as, dead_lettered, attempts, received_at_ms, finished_at_ms, reason, error,
-  CASE WHEN status <> 12 THEN stuck END, holder, fence, started_at_ms, lease_end_mono_ms
+  CASE WHEN status <> 12 THEN stuck END, holder, fence, started_at_ms, lease_end_mono_ms, lane, taskname
 FROM inflight WHERE id = ?

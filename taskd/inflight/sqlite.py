@@ -395,6 +395,13 @@ class SqliteStore:
                 limit.bucket.put_back(1)
                 self.when_undone(partial(limit.bucket.put_back, -1))
 
+    def held_back(self, lane: int, taskname: str, now: Now) -> str:
+        """The limits that leave this row no room now, in words; empty: none."""
+        its = self.lanes[lane]
+        limits = (*its.limits, *self.limits.in_order(its, taskname))
+        full = [limit.words for limit in limits if not limit.room(now.mono_ms)]
+        return f"held back by {', '.join(full)}" if full else ""
+
     def when_undone(self, undo: Callable[[], object]) -> None:
         """If this write does not come to be, call `undo`."""
         self._write.undo.append(undo)

@@ -316,6 +316,8 @@ class Inflight:
 
     def _expect_token(self) -> None:
         """Somebody goes away without rows: note when the next token comes that rows wait for."""
+        if not self._store.limits.rated:
+            return
         due_ms = self._store.limits.next_token_ms(self._clock.now().mono_ms)
         if due_ms is not None and (self._token_due_ms is None or due_ms < self._token_due_ms):
             self._token_due_ms = due_ms
@@ -467,7 +469,11 @@ class Inflight:
             fence,
             started,
             lease_end,
+            lane,
+            taskname,
         ) = found
+        if status == Status.PENDING and not reason and self._store.limits.rules:
+            reason = self._store.held_back(lane, taskname, now)
         held = status in HELD
         return Description(
             id_,

@@ -244,6 +244,23 @@ async def test_a_worker_that_does_not_know_the_task_does_not_look_at_its_rows(op
         assert len(await claim(store, knows=both, known_to_any=both)) == 9
 
 
+async def test_whoever_asks_is_told_which_limits_hold_a_row_back(opened: Opener, clock: FixedClock) -> None:
+    rules = (task_limit("slow", 1), namespace_limit(2), task_limit("rated", None, Rate(1, 60_000)))
+    async with opened(*rules) as store:
+        await put(store, "s1", "s2", taskname="slow")
+        await put(store, "a", "b")
+        await put(store, "r", taskname="rated")
+
+        async def told() -> list[str]:
+            return [found.reason for found in await store.describe(["s1", "s2", "b", "r"])]
+
+        assert await told() == ["", "", "", "held back by limit of task ns:rated"]
+        await claim(store)
+        both = "held back by limit of task ns:slow, limit of namespace ns"
+        assert (await told())[:3] == ["", both, "held back by limit of namespace ns"]
+        assert "task ns:rated" in (await told())[3]
+
+
 # ---- pools
 
 
