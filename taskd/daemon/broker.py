@@ -20,7 +20,7 @@ from taskd.clock import Clock, SystemClock
 from taskd.config import live
 from taskd.config.schema import BrokerConfig
 from taskd.daemon import measure, notify, reload, settings, status
-from taskd.daemon.certificates import BROKER, Certificates
+from taskd.daemon.certificates import BROKER, Certificates, ReadOnce
 from taskd.daemon.feeding import Feeding
 from taskd.daemon.health import BrokerHealth
 from taskd.daemon.locks import hold_data
@@ -119,6 +119,7 @@ class Broker:
         self._draining = trio.Event()
         self._secrets = revealed(config.rpc.secrets)
         self._certificates = Certificates(config, BROKER)
+        self._read_once = ReadOnce(config)
         self._feeding = Feeding(config, clock, activation_logs, inflight, reads=not evacuates)
         presence = Presence(clock)
         publisher = Publisher(
@@ -239,6 +240,7 @@ class Broker:
         self._feeding.set_config(config)
         self._secrets.replace(revealed(config.rpc.secrets))
         self._certificates.renew(config)
+        self._read_once.tell()
         if self._push is not None:
             self._push.settings.timeout_s = config.push.timeout_s
             self._push.remap(config.push.worker_map)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import structlog
@@ -50,3 +51,30 @@ class Certificates(Generic[C]):
             else:
                 if latest is not None:
                     context.renew(latest)
+
+
+class ReadOnce:
+    """The files of Kafka's clusters: clients read them when they are made, so a change needs a restart."""
+
+    def __init__(self, config: BrokerConfig) -> None:
+        self._files = {
+            f"log.clusters.{name}.{key}": path
+            for name, cluster in config.log.clusters.items()
+            for key in ("ssl_ca_location", "ssl_certificate_location", "ssl_key_location")
+            if (path := getattr(cluster, key)) is not None
+        }
+        self._seen = {key: _stamp(path) for key, path in self._files.items()}
+
+    def tell(self) -> None:
+        """Name those whose content has changed since the start."""
+        for key, path in self._files.items():
+            if _stamp(path) != self._seen[key]:
+                log.warning("needs a restart", key=key, problem=f"{path} has changed since the start")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from taskd.config import live
 from taskd.config.schema import BrokerConfig, PoolSection
-from taskd.daemon.certificates import BROKER, POOL, Certificates
+from taskd.daemon.certificates import BROKER, POOL, Certificates, ReadOnce
 
 trustme = pytest.importorskip("trustme")
 
@@ -102,3 +102,25 @@ def test_a_pool_has_its_own(tmp_path: Path) -> None:
     certificates.renew(pool)
     assert all(context.latest is not before[place] for place, context in certificates.contexts.items())
     assert Certificates(PoolSection(), POOL).contexts == {}
+
+
+def test_files_that_are_read_once_are_named_when_they_change(tmp_path: Path) -> None:
+    ca, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    ca.write_text("one")
+    cluster = {
+        "address": "h:1",
+        "ssl_ca_location": ca,
+        "ssl_certificate_location": key,
+        "ssl_key_location": key,
+    }
+    broker = BrokerConfig.model_validate({"log": {"kind": "kafka", "clusters": {"default": cluster}}})
+    files = ReadOnce(broker)
+    with capture_logs() as logs:
+        files.tell()
+        assert logs == []
+        ca.write_text("another")
+        files.tell()
+    assert [(line["event"], line["key"]) for line in logs] == [
+        ("needs a restart", "log.clusters.default.ssl_ca_location")
+    ]
+    assert "has changed since the start" in logs[0]["problem"]
