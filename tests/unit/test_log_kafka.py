@@ -12,7 +12,12 @@ import pytest
 import trio
 import trio.testing
 
-from taskd import aio
+from taskd import aio  # isort: skip  # before aiokafka: it replaces functions of asyncio
+
+import asyncio
+
+from aiokafka import AIOKafkaProducer
+
 from taskd.errors import ConfigError, LogUnavailable
 from taskd.log import kept
 from taskd.log.base import Assigned, Outgoing, Partition, Position, Reader, Record, Revoked
@@ -180,3 +185,35 @@ async def test_a_revoke_that_nobody_acknowledges_ends(
 async def test_an_impossible_topic_is_a_matter_of_configuration() -> None:
     with pytest.raises(ConfigError, match="at most 249 letters"):
         await KafkaLog("127.0.0.1:1").ensure_topics({"a b": 1})
+
+
+@pytest.mark.parametrize("error", [KeyError("a batch"), RuntimeError("a bug")])
+async def test_a_client_that_cannot_be_stopped_does_not_stay_connected(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is given up in the middle of a request that nobody answers."""
+    monkeypatch.setattr(connection, "STOP_WITHIN_S", 0.1)
+    ended = []
+
+    class Part:
+        def fail_all(self, error: Exception) -> None:
+            ended.append("batches")
+
+        async def close(self) -> None:
+            ended.append("connections")
+
+    class Sender:
+        async def close(self) -> None:
+            raise error
+
+    class Stuck(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka is untyped
+        def __init__(self) -> None:
+            self._message_accumulator, self._sender, self.client = Part(), Sender(), Part()
+            self._closed = True  # nothing of it was ever opened
+
+        async def stop(self) -> None:
+            await asyncio.sleep(WITHIN_S)
+
+    async with aio.open_loop():
+        await connection.stop(Stuck())
+    assert ended == ["batches", "connections"]

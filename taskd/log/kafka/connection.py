@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -95,13 +96,19 @@ async def stop(client: Any) -> None:
 
 
 async def _tear_down(client: Any) -> None:
+    """The connections are closed whatever fails before: they would be kept up for as long as we live."""
     if isinstance(client, AIOKafkaProducer):
-        client._message_accumulator.fail_all(errors.KafkaConnectionError("given up"))
-        await client._sender.close()
-        await client.client.close()
+        try:
+            client._message_accumulator.fail_all(errors.KafkaConnectionError("given up"))
+            with suppress(KeyError):  # it still looks for a batch that has just been failed
+                await client._sender.close()
+        finally:
+            await client.client.close()
     else:
-        if client._coordinator is not None:
-            client._coordinator._coordination_task.cancel()
-        if client._fetcher is not None:
-            await client._fetcher.close()
-        await client._client.close()
+        try:
+            if client._coordinator is not None:
+                client._coordinator._coordination_task.cancel()
+            if client._fetcher is not None:
+                await client._fetcher.close()
+        finally:
+            await client._client.close()
