@@ -64,6 +64,8 @@ class Supervised:
             self._beats.close()
 
     def _send(self, progress: float | None, message: str) -> None:
+        if self.overdue or self.cancelled:
+            return  # it is to end, whatever it makes of that
         self.deadline = min(_monotonic() + self._deadline_s, self._most)
         self._watch.tell(pipe.Heartbeat(self.number, progress, message))
 

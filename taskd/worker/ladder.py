@@ -54,6 +54,7 @@ class Ladder:
         self.next_at = now + graces.exception_s
         self._child = child
         self._graces = graces
+        self._asked = asked
         if not asked:
             child.order(OrderKind.CANCEL, number)
 
@@ -61,6 +62,11 @@ class Ladder:
     def signal_name(self) -> str | None:
         """Of the hardest signal that was sent."""
         return SIGNALS.get(self.step)
+
+    @property
+    def may_be_left(self) -> bool:
+        """It was the deadline, and nothing was done about it from here: a heartbeat may have moved it."""
+        return self._asked and self.step is Step.INTERRUPTED
 
     def climb(self, now: float) -> None:
         """Take the next step if its time has come."""

@@ -90,6 +90,7 @@ class Slot:
         self._ladder: Ladder | None = None  # while the running task is being ended
         self._stuck = False
         self._worn = False  # the child gets nothing more, and leaves when it has done what it has
+        self._most_bytes: int | None = None  # of memory, after a task
         self._leftovers = False
         self._retired = False
 
@@ -182,6 +183,7 @@ class Slot:
         self._reset()
         self._child, self._since = child, trio.current_time()
         child.whose = self._whose
+        self._mind_memory(child)
         ended_before = self.ended_count
         try:
             why: str | None = None
@@ -196,6 +198,15 @@ class Slot:
                 child.kill()  # cancelled while a task runs; its lease will end
             self._child = None
         return self._retired or self.ended_count > ended_before
+
+    def _mind_memory(self, child: Child) -> None:
+        child.look()
+        self._most_bytes = self._max_rss_bytes
+        if self._most_bytes is not None and child.rss_bytes > self._most_bytes:
+            # Replacing it would not help: the next one would be as large.
+            self._most_bytes = None
+            text = "a child without work has more memory than children may have; none is replaced for it"
+            log.warning(text, slot=self.number, rss_bytes=child.rss_bytes, limit_bytes=self._max_rss_bytes)
 
     # ---- feeding
 
@@ -333,11 +344,14 @@ class Slot:
         if job.account.moves_deadlines:
             most_s = job.account.max_deadline_s
             latest = float("inf") if most_s is None else self._since + max(most_s, job.deadline_s)
-            self._must_end_at = min(trio.current_time() + job.deadline_s, latest)
+            now = trio.current_time()
+            self._must_end_at = min(now + job.deadline_s, latest)
+            if self._ladder is not None and self._ladder.may_be_left and self._must_end_at > now:
+                self._ladder = None  # said in time, and read too late
         job.account.heartbeat(job, progress, message)
 
     def _after_reports(self, child: Child) -> None:
-        if self._max_rss_bytes is not None and child.rss_bytes > self._max_rss_bytes and not self._worn:
+        if self._most_bytes is not None and child.rss_bytes > self._most_bytes and not self._worn:
             log.info("child replaced for its memory", slot=self.number, rss_bytes=child.rss_bytes)
             self._wear()
         self._on_change()

@@ -129,7 +129,7 @@ class ScriptedChild:
         self.started.append(piece.activation)
         self._tell(pipe.Started(number, RETRY_ON_TIMEOUT))
         if "beats" in how:
-            await trio.sleep(2)
+            await trio.sleep(3.05 if "late" in how else 2)
             self._tell(pipe.Heartbeat(number, 0.5, "half"))
         self.stubborn, self._number = "stubborn" in how, number
         self.listens = not self.stubborn and "swallows" not in how
@@ -164,6 +164,7 @@ class ScriptedChild:
 class ScriptedSpawner:
     failures: int = 0
     start_s: float = 0.0
+    rss_bytes: int = 0
     children: list[ScriptedChild] = field(default_factory=list)
     open_count: int = 0
     attempts: int = 0
@@ -176,6 +177,7 @@ class ScriptedSpawner:
             raise StartupError("no such interpreter")
         await trio.sleep(self.start_s)
         child = ScriptedChild(1000 + len(self.children))
+        child.rss_bytes = self.rss_bytes
         self.children.append(child)
         self.open_count += 1
         async with trio.open_nursery() as nursery:
@@ -549,6 +551,25 @@ async def test_a_heartbeat_moves_the_deadline_of_its_task(autojump_clock: MockCl
         assert trio.current_time() - begin == pytest.approx(2 + 3 + 2, abs=0.01)
         beats = [frame.tasks for frame in broker.said(frames.Heartbeat) if frame.tasks]  # type: ignore[attr-defined]
         assert beats == [(frames.TaskProgress("a", 1, 500, "half"),)]
+
+
+async def test_a_heartbeat_that_is_read_after_the_deadline_still_moves_it(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="2 late beats swallows", deadline_s=3))
+        await broker.until(lambda: bool(broker.results))
+        assert broker.results[0].status is ResultStatus.COMPLETE
+        assert not it.spawner.children[0].terminated
+
+
+async def test_a_child_that_is_large_from_the_start_is_used(autojump_clock: MockClock) -> None:
+    spawner = ScriptedSpawner(rss_bytes=150 * 2**20)
+    async with running(spawner=spawner, slots=1, max_child_rss_mb=100) as it:
+        broker = await it.network.accept()
+        for id_ in "abc":
+            broker.tell(work(id_, task="0.1"))
+        await broker.until(lambda: len(broker.results) == 3)
+        assert len(spawner.children) == 1
 
 
 async def test_what_is_stopped_inside_a_child_never_begins(autojump_clock: MockClock) -> None:
