@@ -179,7 +179,7 @@ class ProcessChild:
 
     async def _end_others(self, *, in_order: bool) -> None:
         """A child that left in order leaves what left its group; of any other, nothing may stay."""
-        if self._terminated and not in_order:
+        if self._terminated and not self._killed and not in_order:
             with trio.move_on_after(EXIT_WITHIN_S):
                 # Nobody tells when they end.
                 while await trio.to_thread.run_sync(descendants.marked, self._mark):  # noqa: ASYNC110

@@ -362,7 +362,8 @@ class Slot:
 
     def _settle(self, child: Child, why: str) -> None:
         """The child ended: what it had not begun goes back, what it was at gets its result."""
-        child.kill()  # it may live on, when it broke the protocol
+        if self._ladder is None or self._ladder.step is not Step.TERMINATED:  # then the rest has a grace
+            child.kill()  # it may live on, when it broke the protocol
         log.warning("child ended", slot=self.number, why=why)
         back = self._take_back(child)
         for number, job in self._inside.items():

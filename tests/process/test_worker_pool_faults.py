@@ -124,6 +124,15 @@ async def test_what_a_task_started_ends_with_it(tmp_path: Path) -> None:
             await gone(int((tmp_path / way).read_text()))
 
 
+async def test_what_a_task_started_has_its_time_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    async with open_pool(exception_grace_s=0.3, terminate_grace_s=5) as (broker, _):
+        (result,) = await broker.run(call("a", "starts_a_careful_process", str(path), deadline_s=1))
+        assert result.reason == "timeout"
+        await gone(int(path.read_text().split()[0]))
+        assert path.read_text().endswith("cleaned up")
+
+
 @pytest.mark.long
 async def test_a_daemon_that_a_task_forked_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"

@@ -97,6 +97,23 @@ def leaves_a_process(path: str, detached: bool, how: str) -> None:
         swallows_everything()
 
 
+@tests.register("starts_a_careful_process")
+def starts_a_careful_process(path: str) -> None:
+    """It cleans up when it gets SIGTERM, and takes a moment for it."""
+    program = (
+        "import os, signal, sys, time\n"
+        "def clean_up(*_):\n"
+        "    time.sleep(0.3)\n"
+        "    open(sys.argv[1], 'a').write('cleaned up')\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, clean_up)\n"
+        "open(sys.argv[1], 'a').write(f'{os.getpid()} ')\n"
+        "time.sleep(600)\n"
+    )
+    subprocess.Popen([sys.executable, "-c", program, path])
+    swallows_everything()
+
+
 @tests.register("forks_a_session")
 def forks_a_session(path: str) -> None:
     """As a daemon does: its parent is gone, and it has a session of its own."""
