@@ -33,6 +33,10 @@ class Committer(Protocol):
 
     async def submit(self, write: Callable[[], T]) -> T: ...
 
+    def begin(self, write: Callable[[], T]) -> Pending[T]:
+        """As `submit`, without waiting yet. Those begun in one go are most likely one transaction."""
+        ...
+
 
 class InlineCommitter:
     """Performs each write at once in the caller's task: for the autojump clock, where no thread may run."""
@@ -42,18 +46,34 @@ class InlineCommitter:
 
     async def submit(self, write: Callable[[], T]) -> T:
         await trio.lowlevel.checkpoint_if_cancelled()
-        (result,) = self._apply([write])
+        pending = self.begin(write)
         await trio.lowlevel.cancel_shielded_checkpoint()
-        return result.unwrap()  # type: ignore[return-value]  # the outcome of this very write
+        return await pending.wait()
+
+    def begin(self, write: Callable[[], T]) -> Pending[T]:
+        pending = Pending(write)
+        (pending.result,) = self._apply([write])  # type: ignore[assignment]  # the outcome of this very write
+        pending.done.set()
+        return pending
 
 
-class _Waiting(Generic[T]):
+class Pending(Generic[T]):
+    """A write that was submitted."""
+
     __slots__ = ("done", "result", "write")
 
     def __init__(self, write: Callable[[], T]) -> None:
         self.write = write
         self.done = trio.Event()
         self.result: outcome.Outcome[T] | None = None
+
+    async def wait(self) -> T:
+        """What it returned, after the commit that holds it; cancelling does not take effect before."""
+        if not self.done.is_set():
+            with trio.CancelScope(shield=True):
+                await self.done.wait()
+        assert self.result is not None
+        return self.result.unwrap()
 
 
 class GroupCommit:
@@ -67,7 +87,7 @@ class GroupCommit:
         self._apply = apply
         self._on_batch = on_batch
         self._max_batch = max_batch
-        self._queue: queue.SimpleQueue[_Waiting[object] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Pending[object] | None] = queue.SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
         self._stopped = trio.Event()
         self._closing = False
@@ -79,19 +99,19 @@ class GroupCommit:
         happens, and its caller learns of it (design rule 4).
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        return await self.begin(write).wait()
+
+    def begin(self, write: Callable[[], T]) -> Pending[T]:
         if self._closing:
             raise RuntimeError("submitted after close")
-        waiting = _Waiting(write)
-        self._queue.put(waiting)  # type: ignore[arg-type]  # the queue holds writes of every result type
-        with trio.CancelScope(shield=True):
-            await waiting.done.wait()
-        assert waiting.result is not None
-        return waiting.result.unwrap()
+        pending = Pending(write)
+        self._queue.put(pending)  # type: ignore[arg-type]  # the queue holds writes of every result type
+        return pending
 
     def _run(self) -> None:
         open_ = True
         while open_:
-            batch: list[_Waiting[object]] = []
+            batch: list[Pending[object]] = []
             item = self._queue.get()
             while item is not None:
                 batch.append(item)
@@ -103,7 +123,7 @@ class GroupCommit:
                 self._perform(batch)
         self._token.run_sync_soon(self._stopped.set)
 
-    def _perform(self, batch: list[_Waiting[object]]) -> None:
+    def _perform(self, batch: list[Pending[object]]) -> None:
         began_s = monotonic_s()
         try:
             results = self._apply([waiting.write for waiting in batch])
@@ -115,7 +135,7 @@ class GroupCommit:
             waiting.result = result
         self._token.run_sync_soon(self._announce, batch, monotonic_s() - began_s)
 
-    def _announce(self, batch: list[_Waiting[object]], seconds: float) -> None:
+    def _announce(self, batch: list[Pending[object]], seconds: float) -> None:
         for waiting in batch:
             waiting.done.set()
         self._on_batch(len(batch), seconds)

@@ -16,6 +16,7 @@ from taskd.errors import PeerUnavailable, Refused, StoreError, Undecodable
 from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.heartbeats import Heartbeat
 from taskd.inflight.presence import Presence
+from taskd.inflight.standing import StandingClaim
 from taskd.inflight.writer import Inflight, Wake
 from taskd.rpc.base import Duplex, Services, Stream
 from taskd.telemetry import metrics
@@ -145,6 +146,8 @@ class Session:
         self._stops = Wake()
         self._knows = dispatch.roster.join(hello.worker_id, hello.tasks, hello.application)
         self._knows_of_kind = by_kind(hello.tasks, hello.async_tasks)
+        self._idle = False  # waits for rows
+        self._along = self._credit  # under which its standing claim was made
         self.closed = trio.Event()
 
     async def close(self) -> None:
@@ -163,6 +166,7 @@ class Session:
         self._dispatch.presence.seen(hello.worker_id)
         holding = hello.holding if hello.store_id == inflight.store_id else ()
         wake = inflight.watch_claimable()
+        standing = inflight.standing.add(self._request_along, wake.set)
         with self._scope:
             try:
                 lost = await inflight.reconcile(hello.worker_id, _refs(holding))
@@ -179,13 +183,14 @@ class Session:
                     )
                 )
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._assign, wake)
+                    nursery.start_soon(self._assign, wake, standing)
                     await self._receive(nursery, wake)
                     nursery.cancel_scope.cancel()
             except* PeerUnavailable:
                 pass
             finally:
                 inflight.unwatch(wake)
+                await self._give_up(standing)
                 worker.info("worker disconnected")
 
     # ---- to the worker
@@ -194,43 +199,71 @@ class Session:
         async with self._sending:
             await self._stream.send(frames.encode_broker_frame(frame))
 
-    async def _assign(self, wake: Wake) -> None:
+    async def _assign(self, wake: Wake, standing: StandingClaim) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce_drain)
             nursery.start_soon(self._announce_stops)
             while True:
                 credit, recalled = self._credit, self._recalled
-                if leases := await self._claim(credit):
+                if standing.made:
+                    along = self._along
+                    if leases := await standing.take():
+                        await self._hand_out(leases, along)
+                elif leases := await self._claim(credit):
                     await self._hand_out(leases, credit)
                 elif recalled:
                     self._recalled = self._credit is not credit
                     await self._send(frames.Assignments((), credit.number))
                 else:
-                    await wake.wait()
+                    await self._until(wake)
+
+    async def _until(self, wake: Wake) -> None:
+        self._idle = True
+        try:
+            await wake.wait()
+        finally:
+            self._idle = False
 
     async def _claim(self, credit: frames.Credit) -> list[Lease]:
+        request = self._request(credit)
+        if request is None or not self._inflight.claimable(
+            request.application, request.namespaces, request.knows, request.known_to_any, request.pool
+        ):
+            return []
+        return await self._inflight.claim(request)
+
+    def _request(self, credit: frames.Credit) -> ClaimRequest | None:
+        """What to claim under this credit; None when that is nothing."""
         limit = min(credit.total - self._sent, self._dispatch.max_assignments_per_frame)
         if limit <= 0 or not self._dispatch.hands_out or self._dispatch.draining.is_set():
-            return []
+            return None
         parks = self._dispatch.parks_unknown
         knows, anyones = (self._knows, self._dispatch.roster.anyone()) if parks else (None, None)
-        knows = self._knows_of_kind.get(credit.kind, knows)
-        hello = self._hello
-        if not self._inflight.claimable(hello.application, hello.namespaces, knows, anyones, hello.pool):
-            return []
-        return await self._inflight.claim(
-            ClaimRequest(
-                limit,
-                LeaseKind.STREAM,
-                holder=self._hello.worker_id,
-                application=self._hello.application,
-                namespaces=self._hello.namespaces,
-                at_most_once_limit=max(credit.idle_total - self._sent, 0),
-                pool=self._hello.pool,
-                knows=knows,
-                known_to_any=anyones,
-            )
+        return ClaimRequest(
+            limit,
+            LeaseKind.STREAM,
+            holder=self._hello.worker_id,
+            application=self._hello.application,
+            namespaces=self._hello.namespaces,
+            at_most_once_limit=max(credit.idle_total - self._sent, 0),
+            pool=self._hello.pool,
+            knows=self._knows_of_kind.get(credit.kind, knows),
+            known_to_any=anyones,
         )
+
+    def _request_along(self) -> ClaimRequest | None:
+        """What to claim together with what comes in, while this session waits for it."""
+        if not self._idle or self._recalled:
+            return None
+        self._along = self._credit
+        return self._request(self._credit)
+
+    async def _give_up(self, standing: StandingClaim) -> None:
+        self._inflight.standing.remove(standing)
+        if standing.made:
+            with trio.CancelScope(shield=True):
+                if leases := await standing.take():
+                    await self._inflight.hand_back([lease.ref for lease in leases])
 
     async def _hand_out(self, leases: list[Lease], credit: frames.Credit) -> None:
         sent = False

@@ -16,7 +16,7 @@ from taskd.activation.switches import Board, Switch, SwitchSource
 from taskd.clock import Clock, Now
 from taskd.database import free_bytes, wal_bytes
 from taskd.errors import StoreError
-from taskd.groupcommit import Committer, InlineCommitter, OnBatch, open_group_commit
+from taskd.groupcommit import Committer, InlineCommitter, OnBatch, Pending, open_group_commit
 from taskd.inflight.arrivals import Arrivals
 from taskd.inflight.base import (
     Arrival,
@@ -43,6 +43,7 @@ from taskd.inflight.limits import LimitState, room
 from taskd.inflight.parked import Parked
 from taskd.inflight.relaning import Relaning
 from taskd.inflight.sqlite import Changes, SqliteStore
+from taskd.inflight.standing import StandingClaims
 from taskd.inflight.switches import DemotedTo, Looked, Replaced, Switches
 
 T = TypeVar("T")
@@ -93,6 +94,7 @@ class Inflight:
         self._watchers: list[tuple[frozenset[Status], Wake]] = []
         self._switch_watchers: list[Wake] = []
         self.observers: list[Callable[[Changes], None]] = []
+        self.standing = StandingClaims()
         self.last_commit_mono_ms = clock.now().mono_ms
         self.notice = ""  # what an operator should know of this file
         self.damaged = trio.Event()  # SQLite met damage in it; then nothing is taken any more
@@ -138,7 +140,20 @@ class Inflight:
     async def insert(self, arrivals: Sequence[Arrival]) -> Inserted:
         if self.trouble:
             raise StoreError(self.trouble)
-        return await self._submit(lambda now: self._arrivals.insert(arrivals, now))
+        await trio.lowlevel.checkpoint_if_cancelled()
+        inserting = self._begin(lambda now: self._arrivals.insert(arrivals, now))
+        along = self.standing.begin(len(arrivals), self._begin_claim)
+        try:
+            return await inserting.wait()
+        finally:
+            for claim in along:
+                claim.wake()
+
+    def _begin(self, write: Callable[[Now], T]) -> Pending[T]:
+        return self._committer.begin(lambda: write(self._clock.now()))
+
+    def _begin_claim(self, request: ClaimRequest) -> Pending[list[Lease]]:
+        return self._begin(lambda now: self._leases.claim(request, now))
 
     async def claim(self, request: ClaimRequest) -> list[Lease]:
         def claim(now: Now) -> tuple[list[Lease], bool]:

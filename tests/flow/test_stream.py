@@ -108,6 +108,47 @@ async def test_what_comes_later_is_sent_on_credit_given_before(autojump_clock: C
         assert [item.id for item in frame.assignments] == ["a"]
 
 
+async def test_what_comes_in_is_claimed_along_for_a_worker_that_waits(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def claim(request: object) -> list[Any]:
+        raise AssertionError("a claim of its own costs another transaction")
+
+    async with connected(broker) as worker:
+        await worker.offer(2)
+        await broker.settle()
+        monkeypatch.setattr(broker.inflight, "claim", claim)
+        for id_ in ("a", "b"):
+            await produce(broker, id_)
+            frame = await worker.hear()
+            assert isinstance(frame, frames.Assignments)
+            assert [item.id for item in frame.assignments] == [id_]
+        await produce(broker, "c")
+        assert (await describe(broker, "c")).status is Status.PENDING, "there is no credit left"
+
+
+async def test_what_was_claimed_along_for_a_worker_that_left_waits_again(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = broker.inflight.insert
+
+    async def insert_while_it_leaves(arrivals: object) -> Any:
+        leaving.cancel()
+        return await insert(arrivals)
+
+    monkeypatch.setattr(broker.inflight, "insert", insert_while_it_leaves)
+    with trio.CancelScope() as leaving:
+        async with connected(broker) as worker:
+            await worker.offer(2)
+            await produce(broker, "a")
+            raise AssertionError("it has left")
+    await broker.settle()
+    found = await describe(broker, "a")
+    assert (found.status, found.attempts) == (Status.PENDING, 0)
+    async with connected(broker, worker_id="w2") as other:
+        assert [item.id for item in await other.work(1)] == ["a"]
+
+
 async def test_hand_back_returns_the_row_uncounted(autojump_clock: Clock, broker: Broker) -> None:
     await produce(broker, "a")
     async with connected(broker) as worker:
