@@ -32,6 +32,11 @@ def monotonic_s() -> float:
     return time.perf_counter()
 
 
+def thread_cpu_ns() -> int:
+    """What this thread has used of a processor: for measuring what something costs."""
+    return time.thread_time_ns()
+
+
 class StepWatch:
     """Notices steps of the wall clock; `readings` come in the order they were taken."""
 

@@ -17,6 +17,7 @@ from taskd.groupcommit import Write
 BUSY_TIMEOUT_MS = 5_000  # readers outside (an operator's sqlite3) may hold the file for a moment
 PROGRESS_STEPS = 1_000  # pages or rows between two questions whether to go on
 MAX_IDLE_WAL_BYTES = 64 * 1024 * 1024  # a write-ahead log that grew beyond is cut back at its checkpoint
+SQLITE_VERSION = apsw.sqlite_lib_version()
 
 
 def open_database(path: Path) -> apsw.Connection:

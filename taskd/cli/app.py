@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from taskd import __version__
-from taskd.cli import cancel, config, daemons, inspect, operate, plugins, store, submit
+from taskd.cli import bench, cancel, config, daemons, inspect, operate, plugins, store, submit
 from taskd.cli.exits import Commands
 
 HELP = """Runs functions later, reliably.
@@ -49,6 +49,7 @@ app.command(rich_help_panel="Operate")(store.restore)
 app.command(rich_help_panel="Operate")(store.recover)
 daemons.broker_app.command()(store.evacuate)
 app.add_typer(config.app, name="config", rich_help_panel="Run")
+app.add_typer(bench.app, name="bench", rich_help_panel="Use")
 
 
 @app.command(rich_help_panel="Use")

@@ -410,11 +410,8 @@ async def run_pool(
     pool = Pool(
         config,
         name,
-        spawner=spawner or ProcessSpawner(memory_limit_bytes=_memory_limit_bytes(config)),
-        async_spawner=async_spawner
-        or ProcessSpawner(
-            program=async_part.PROGRAM, shares_step=True, memory_limit_bytes=_memory_limit_bytes(config)
-        ),
+        spawner=spawner or _spawner(config),
+        async_spawner=async_spawner or _spawner(config, async_part.PROGRAM, shares_step=True),
         connect=connect or partial(open_work_stream, access=access),
         call=call or partial(open_client, access=access),
         rng=rng or random.Random(),
@@ -428,9 +425,15 @@ async def run_pool(
         await pool.run(stop, task_status)
 
 
-def _memory_limit_bytes(config: PoolSection) -> int:
-    """0: none."""
-    return (config.child_memory_limit_mb or 0) * MB
+def _spawner(
+    config: PoolSection, program: str = "taskd.worker.entry", *, shares_step: bool = False
+) -> ProcessSpawner:
+    return ProcessSpawner(
+        modules=config.modules,
+        program=program,
+        shares_step=shares_step,
+        memory_limit_bytes=(config.child_memory_limit_mb or 0) * MB,
+    )
 
 
 def _most_rss_bytes(config: PoolSection) -> int | None:

@@ -26,6 +26,7 @@ CELLS = [
     "ingest dispatch worker upkeep scheduler admin",
     "web testing",
     "daemon",
+    "bench",
     "cli",
     "__main__",
 ]

