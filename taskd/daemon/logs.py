@@ -102,6 +102,7 @@ async def open_logs(config: BrokerConfig, clock: Clock) -> AsyncIterator[Mapping
                 log.clusters[name].address,
                 security=Security.of(log.clusters[name]),
                 max_message_bytes=log.max_record_bytes,
+                fetch_max_wait_ms=log.clusters[name].fetch_max_wait_ms,
             )
             for name in sorted(used)
         }

@@ -68,6 +68,14 @@ async def read_one(reader: Reader) -> Record:
     return records[0]
 
 
+async def test_an_idle_request_waits_at_the_broker_as_long_as_configured(kafka_address: str) -> None:
+    log = KafkaLog(kafka_address, fetch_max_wait_ms=20)
+    async with no_alarm(), log.open_reader(["waits"], "waits") as reader:
+        with trio.fail_after(WITHIN_S):
+            consumer = await reader._kept.opened()
+        assert consumer._fetch_max_wait_ms == 20
+
+
 @own_broker()
 async def test_kafka_that_appears_later(free_port: int) -> None:
     log = log_at(f"127.0.0.1:{free_port}")

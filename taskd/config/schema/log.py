@@ -42,6 +42,11 @@ class ClusterSection(Section):
         default=None, description="PEM file of our certificate, when the cluster asks for one"
     )
     ssl_key_location: Path | None = Field(default=None, description="PEM file of that certificate's key")
+    fetch_max_wait_ms: PositiveInt = Field(
+        default=500,
+        description="how long the cluster may wait for records before it answers that there are none; "
+        "lower where it does not answer as soon as one comes",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> ClusterSection:

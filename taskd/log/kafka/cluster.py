@@ -47,6 +47,7 @@ class KafkaLog:
     partitions. `assignor`: `roundrobin` or `range`, how a group's leader shares partitions out; both
     are eager, and brokers already in the group offer both. `idempotent`: ask the broker to drop copies
     made by repeated sends; where the broker has no such thing a warning is logged and it goes without.
+    `fetch_max_wait_ms`: how long a request for records may wait at the broker when there are none.
     Raises ConfigError when a file that `security` names cannot be used.
     """
 
@@ -58,6 +59,7 @@ class KafkaLog:
         session_timeout_ms: int = 6_000,
         assignor: str = "roundrobin",
         max_message_bytes: int = MAX_RECORD_BYTES,
+        fetch_max_wait_ms: int = 500,
         client_id: str = "taskd",
         idempotent: bool = True,
         rng: random.Random | None = None,
@@ -71,6 +73,7 @@ class KafkaLog:
         self._session_timeout_ms = session_timeout_ms
         self._assignor = ASSIGNORS[assignor]
         self._max_message_bytes = max_message_bytes
+        self._fetch_max_wait_ms = fetch_max_wait_ms
         self._idempotent = idempotent
         self._rng = rng or random.Random()
         noise.reduce()
@@ -122,6 +125,7 @@ class KafkaLog:
                 # Only one: aiokafka joins once for each it offers, and a group would rebalance as often.
                 partition_assignment_strategy=(self._assignor,),
                 fetch_max_bytes=READ_MAX_BYTES,
+                fetch_max_wait_ms=self._fetch_max_wait_ms,
                 max_partition_fetch_bytes=max(1 << 20, self._max_message_bytes + RECORD_OVERHEAD_BYTES),
             )
 
