@@ -14,6 +14,7 @@ from daemons import Daemon, Daemons, free_port, open_daemons
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 SEED = int(os.environ.get("TASKD_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
+MOMENTS = 30
 UP_AFTER_S = 1.5  # about; so the moments lie before and behind the end of a start
 SIGTERM_IS_CAUGHT = 1 << (signal.SIGTERM - 1)
 
@@ -46,19 +47,17 @@ async def test_a_signal_before_anything_runs_is_a_clean_end(tmp_path: Path, name
         assert [entry["message"] for entry in daemon.entries()] == ["stopping; a second signal stops now"]
 
 
-@pytest.mark.parametrize("moments", [2, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["broker", "worker"])
-async def test_a_signal_at_any_moment_of_the_start_is_a_clean_end(
-    tmp_path: Path, name: str, moments: int
-) -> None:
+async def test_a_signal_at_any_moment_of_the_start_is_a_clean_end(tmp_path: Path, name: str) -> None:
     print(f"TASKD_TEST_SEED={SEED}")
     rng = random.Random(SEED)
     async with open_daemons(tmp_path) as daemons:
-        for number in range(0, moments, 2):
+        for number in range(0, MOMENTS, 2):
             pair = [start(daemons, name, tmp_path) for _ in range(2)]
             async with trio.open_nursery() as nursery:
                 for offset, daemon in enumerate(pair):
-                    after_s = (number + offset + rng.random()) / moments * UP_AFTER_S
+                    after_s = (number + offset + rng.random()) / MOMENTS * UP_AFTER_S
                     nursery.start_soon(_ends_well, daemon, after_s)
 
 
