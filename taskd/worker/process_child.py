@@ -180,9 +180,10 @@ class ProcessChild:
     async def _end_others(self, *, in_order: bool) -> None:
         """A child that left in order leaves what left its group; of any other, nothing may stay."""
         if self._terminated and not self._killed and not in_order:
+            others = await trio.to_thread.run_sync(descendants.marked, self._mark)
             with trio.move_on_after(EXIT_WITHIN_S):
                 # Nobody tells when they end.
-                while await trio.to_thread.run_sync(descendants.marked, self._mark):  # noqa: ASYNC110
+                while others := descendants.living(others, self._mark):  # noqa: ASYNC110
                     await trio.sleep(LOOK_EVERY_S)
         self.kill()
         if not in_order:
