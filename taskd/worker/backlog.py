@@ -143,7 +143,9 @@ class Backlog:
     def break_off(self, why: str) -> None:
         """Stop everything that is in a child; the store is told `why`, and hands it out again."""
         for queue in self._queues:
-            queue.clear()  # there is something only where the protocol takes nothing back
+            for job in queue:  # where the protocol takes nothing back, and it was to be run after all
+                job.account.hand_back(job)
+            queue.clear()
         for account in self.accounts.values():
             for job in account.jobs.values():
                 if not job.stopped:
