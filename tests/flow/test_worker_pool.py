@@ -910,3 +910,20 @@ async def test_a_broker_that_speaks_another_version_is_left_alone(autojump_clock
         assert connection.ended
         assert connection.credit == 0
         await it.network.accept()
+
+
+async def test_a_pool_is_stuck_when_no_slot_ends_what_must_end(autojump_clock: MockClock) -> None:
+    async with running(slots=2) as it:
+        broker = await it.network.accept()
+        for child in it.spawner.children:
+            child.kill = lambda: None  # type: ignore[method-assign]  # as in a system call that does not end
+        broker.tell(work("a", task="9000 stubborn"))
+        await broker.until(lambda: len(broker.started) == 1)
+        await trio.sleep(200)
+        assert it.pool.stuck() == "", "the other slot works"
+        broker.tell(work("b", task="9000 stubborn"))
+        await broker.until(lambda: len(broker.started) == 2)
+        await trio.sleep(60)
+        assert it.pool.stuck() == "", "it has its deadline and its graces"
+        await trio.sleep(20)
+        assert "every slot is overdue" in it.pool.stuck()
