@@ -85,6 +85,9 @@ def worker(
     `listen` of its pool, and gets the results back.
 
     SIGTERM or Ctrl-C drains it: what was not started is handed back, what runs is finished and reported.
+    What still runs after `drain_grace_s` is ended, and runs elsewhere at once. A second signal ends
+    everything now (exit code 143 or 130).
+
     SIGHUP reads the configuration again: the log level changes at once, the rest needs a restart, and
     the log says so.
 
