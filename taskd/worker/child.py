@@ -79,7 +79,8 @@ class Child(Protocol):
     def terminate(self, number: int) -> None:
         """Have the child leave if it is at this task, and whatever it started end as by SIGTERM.
 
-        For a child that has nothing else to begin: those processes get the signal in any case.
+        For a child that has nothing else to begin: those processes get the signal in any case. It prints
+        where it was.
         """
         ...
 

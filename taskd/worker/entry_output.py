@@ -6,6 +6,7 @@ has none; the worker then goes by what runs at that moment.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import logging
 import os
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from taskd.worker.entry_pipe import LINE_BREAK, LOG_MARK, NUMBER_MARK
+from taskd.worker.entry_pipe import LINE_BREAK, LOG_MARK, NUMBER_MARK, WHERE_SIGNAL
 
 Number = Callable[[], int]
 _LOG_MARK, _LINE_BREAK = LOG_MARK.decode(), LINE_BREAK.decode()
@@ -25,6 +26,8 @@ def install(number: Number) -> None:
     A plugin that wants its logs otherwise configures logging when it is imported.
     """
     sys.stdout, sys.stderr = _open(1, number), _open(2, number)
+    faulthandler.enable(sys.stderr)  # a crash says where it was
+    faulthandler.register(WHERE_SIGNAL, sys.stderr)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -16,6 +16,7 @@ the order it was written; reports and orders name it by that number.
 
 from __future__ import annotations
 
+import signal
 import struct
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from taskd.errors import TaskdError
 
 TOKEN_RUN = b"r"
 TOKEN_SKIP = b"s"  # the frame in turn was taken back: pass over it
+
+WHERE_SIGNAL = signal.SIGUSR2  # has a child print where it is, also while no Python code can run
 
 MAX_WORK_BYTES = 64 * 1024 * 1024  # an activation fits a reply of 10 MiB; the rest is room
 MAX_REPORT_BYTES = 8 * 1024 * 1024  # the longest is the list of task names

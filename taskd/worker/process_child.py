@@ -142,6 +142,8 @@ class ProcessChild:
     def terminate(self, number: int) -> None:
         self._terminated = True
         self._write_order(pipe.OrderKind.END, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, pipe.WHERE_SIGNAL)
         self._signal_group(signal.SIGTERM)
 
     def _write_order(self, kind: pipe.OrderKind, number: int) -> None:

@@ -64,14 +64,20 @@ async def test_no_task_outlives_its_deadline(tmp_path: Path) -> None:
         "counts_in_c": "killed by SIGKILL",
         "ignores_signals": "killed by SIGKILL",
     }
-    async with open_pool(3, **QUICK) as (broker, pool):
-        with trio.fail_after(2 * SLOT_IS_BACK_WITHIN_S):
-            results = await broker.run(*(call(task, task, deadline_s=0.3) for task in ended_by))
-        for result in results:
-            assert (result.status, result.reason) == (FAILURE, "timeout"), result.id
-            assert ended_by[result.id] in result.error
-        await works(broker, tmp_path, slots=3)
-        assert (pool.statistics().timeouts, pool.statistics().crashes) == (6, 0)
+    with capture_logs() as logs:
+        async with open_pool(3, **QUICK) as (broker, pool):
+            with trio.fail_after(2 * SLOT_IS_BACK_WITHIN_S):
+                results = await broker.run(*(call(task, task, deadline_s=0.3) for task in ended_by))
+            for result in results:
+                assert (result.status, result.reason) == (FAILURE, "timeout"), result.id
+                assert ended_by[result.id] in result.error
+            await works(broker, tmp_path, slots=3)
+            assert (pool.statistics().timeouts, pool.statistics().crashes) == (6, 0)
+    lines: list[Any] = [line for line in logs if line["event"] == "task output"]
+    for task in ("counts_in_c", "swallows_everything"):
+        assert any(line["id"] == task and f"in {task}" in line["text"] for line in lines), (
+            "it says where it was"
+        )
 
 
 async def test_a_task_that_takes_the_signals_keeps_them_for_itself_only(tmp_path: Path) -> None:
