@@ -79,7 +79,7 @@ class GatedLanes:
             if len(rows) < chunk:
                 break
             if scanned >= SCAN_ROWS:
-                self.cut_short = True
+                self.cut_short |= not found  # else the next claim would find the same, and not one more
                 break
         if leaves_some:
             of_lane[claimable.known] = passed

@@ -189,6 +189,27 @@ async def test_at_most_once_goes_to_idle_slots_only(autojump_clock: Clock, broke
         assert await status(broker, "other-lane") is Status.PARKED  # its lane is not known here
 
 
+async def test_what_may_go_to_idle_slots_only_is_not_looked_for_over_and_over(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    async with connected(broker, OTHER, id_="busy") as busy:
+        await busy.say(frames.Credit(2, 0, 0))
+        await produce(broker, "x", taskname="other")
+        await produce(broker, "once", retry_state=broker.at_most_once_policy())
+        await produce(broker, *(f"y{n}" for n in range(1_500)), taskname="other")
+        async with connected(broker, KNOWN, id_="free") as free:
+            assert free.ids == ["once"]
+            await free.say(frames.Credit(2, 10, 1))  # no more slots are idle
+            await broker.settle()
+            with trio.fail_after(60):
+                await broker.inflight.hand_back([free.heard[1].assignments[0].lease])  # type: ignore[union-attr]
+                await broker.settle()
+                assert free.ids == ["once"]
+                await free.say(frames.Credit(3, 10, 2))
+                await broker.settle()
+            assert free.ids == ["once", "once"]
+
+
 async def test_a_recall_is_answered(autojump_clock: Clock, broker: Broker) -> None:
     async with connected(broker, KNOWN) as worker:
         await worker.say(frames.Credit(2, 3, 3))
