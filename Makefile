@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CLIENT := .venv-client
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help demo demo-kafka test retest test-kafka torture-rebalance test-all check fmt proto clean setup
+.PHONY: help demo demo-kafka test retest test-kafka torture-rebalance test-all bench check fmt proto clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ torture-rebalance: $(STAMP) ## restart eight brokers over and over on a real Apa
 
 test-all: $(STAMP) $(CLIENT)/.installed ## run the tests and the long ones: kill loops, many seeds
 	@$(BIN)/python -m pytest
+
+bench: $(STAMP) ## measure taskd on this machine: every figure that has a target (ten minutes)
+	@$(BIN)/taskd bench all
 
 check: $(STAMP) ## types, lint, format
 	@$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from taskd.inflight.writer import Inflight, open_inflight
 
 INSERT_ROWS = 1_000
 CLAIM_ROWS = 64
-CLAIMS = 300
+CLAIMS = 100
 MOST_RATIO = 1.2
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import trio
 
 from taskd import aio
-from taskd.bench.figures import Report, Step, at_least
+from taskd.bench.figures import Report, Step, at_least, at_most
 from taskd.bench.scene import Daemon, open_scene
 from taskd.bench.traffic import send, stretch, until_counted
 from taskd.clock import SystemClock
 from taskd.producer.client import open_producer
 
 DRAIN_PER_S = 35_000  # of waiting no-ops on the embedded log, with 2 slots on 2 CPUs
+MANY_WAITING, MEMORY_MB = 1_000_000, 250  # so many waiting take no more memory of the broker
+MB = 1_000_000
 THROUGH_PER_S = 20_000  # from the producer to the end on Kafka, all on one machine
 
 
@@ -28,6 +30,13 @@ async def drain(
         await until_counted(
             scene, "arrived", count, [broker], lambda n: step(30 + 20 * n // count, "storing")
         )
+        if count >= MANY_WAITING:
+            report.add(
+                f"broker memory with {count:,} waiting",
+                broker.rss_bytes / MB,
+                "MB",
+                target=at_most(MEMORY_MB),
+            )
         before_s = broker.cpu_s
         worker = await scene.worker(slots)
         both = [broker, worker]

@@ -33,7 +33,12 @@ Kafka = Annotated[
 ]
 Folder = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where the data lies meanwhile: on the disk that is to be measured."),
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        metavar="DIR",
+        help="Where the data lies meanwhile: on the disk that is to be measured.",
+    ),
 ]
 Rounds = Annotated[int, typer.Option(min=1, metavar="N", help="Rounds, taken in turn.")]
 Seconds = Annotated[float, typer.Option(min=0.1, metavar="S", help="How long.")]
@@ -191,6 +196,19 @@ def soak(
     _run("soak", partial(run, seconds=seconds, per_s=per_s, slots=slots, seed=seed), folder, json)
 
 
+@app.command("all")
+def all_(kafka: Kafka = "local", folder: Folder = None, json: flags.Json = False) -> None:
+    """Everything that has a target, in one run of some ten minutes.
+
+    ```
+    taskd bench all --json > figures.json
+    ```
+    """
+    from taskd.bench.everything import everything
+
+    _run("all", everything, folder, json, kafka)
+
+
 def _run(name: str, benchmark: Bench, parent: Path | None, as_json: bool, kafka: str | None = None) -> None:
     import trio
 
@@ -202,7 +220,7 @@ def _run(name: str, benchmark: Bench, parent: Path | None, as_json: bool, kafka:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskd-bench-", dir=parent)))
         arguments: dict[str, Any] = {}
-        if name in ("drain", "through", "latency", "ingest"):
+        if name in ("drain", "through", "latency", "ingest", "all"):
             arguments["kafka"] = stack.enter_context(_kafka(kafka))
         report = Report(name, machine.describe(folder))
         interrupted = trio.run(_measure, partial(benchmark, folder, report, **arguments), name)

@@ -1,0 +1,67 @@
+"""`taskd bench` measures something, of real daemons, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+MISSED = 3  # a small run on a busy machine may miss its target: that is no failure of the tool
+
+
+def bench(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "taskd", "bench", *arguments, "--folder", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in (0, MISSED), done.stderr
+    assert not list(folder.iterdir())
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def figures(found: dict[str, Any]) -> dict[str, float]:
+    return {figure["name"]: figure["value"] for figure in found["figures"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("drain", "--count", "300", "--slots", "1"), "drained"),
+        (("latency", "--count", "3", "--slots", "1"), "submit to start, p50"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_small_run(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    found = bench(tmp_path, *arguments)
+    assert found["benchmark"] == arguments[0]
+    assert figures(found)[expected] > 0
+    assert found["machine"]["cpus"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("through", "--count", "2000", "--kafka", "local"),
+        ("ingest", "--count", "2000", "--kafka", "local"),
+        ("soak", "--seconds", "8", "--per-s", "200"),
+        ("claim", "--size", "200", "--size", "400"),
+        ("rpc", "--seconds", "0.5", "--rounds", "1"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_longer_run(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    assert all(value >= 0 for value in figures(bench(tmp_path, *arguments)).values())
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "taskd", "bench", "drain", "--folder", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "does not exist" in done.stderr
