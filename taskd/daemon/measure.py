@@ -42,8 +42,8 @@ def count(changes: Changes) -> None:
     for reason, times in changes.discarded.items():
         metrics.discarded.labels(reason).inc(times)
         log.info("discarded", reason=reason, count=times)
-    for name, value_ms in changes.durations_ms:
-        _DURATIONS[name].observe(value_ms / 1000)
+    for name, values_ms in changes.durations_ms.items():
+        _DURATIONS[name].observe_all(values_ms)
 
 
 def committed(size: int, seconds: float) -> None:

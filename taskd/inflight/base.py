@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from taskd.activation.lifecycle import Status
 from taskd.inflight.known import KnownTasks
@@ -89,8 +90,7 @@ class Policy:
     limits: tuple[LimitRule, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """One decoded record, ready to be stored. Durations in seconds, as produced."""
 
     id: str
@@ -150,16 +150,14 @@ class ClaimRequest:
     known_to_any: KnownTasks | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ref:
+class Ref(NamedTuple):
     """One lease: the hand-out of `id` under `fence`."""
 
     id: str
     fence: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """One activation handed out. Durations in milliseconds."""
 
     id: str
@@ -173,8 +171,7 @@ class Lease:
         return Ref(self.id, self.fence)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """The outcome of one lease. `fence` None: reported by a unary call, which knows no fences."""
 
     id: str

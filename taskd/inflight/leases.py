@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from taskd.activation.lifecycle import HELD, Event, Status
@@ -24,6 +25,7 @@ from taskd.inflight.base import (
 )
 from taskd.inflight.departures import Departures
 from taskd.inflight.gated import Claimable, GatedLanes
+from taskd.inflight.held import HeldRow, HeldRows
 from taskd.inflight.limiting import Limiting
 from taskd.inflight.limits import LimitState
 from taskd.inflight.sqlite import Lane, SqliteStore
@@ -71,14 +73,15 @@ class Claim:
         """So much was expired that the rest is left for another transaction."""
         return self.expired >= MAX_EXPIRED_PER_CLAIM
 
-    def add(self, lease: Lease | None) -> None:
-        """What became of one row; None: it expired instead."""
-        if lease is None:
-            self.expired += 1
-            self.is_over |= self.cut_short
-        else:
-            self.leases.append(lease)
-            self.left_bytes -= len(lease.activation)
+    def expires_in_ms(self, row: Waiting) -> int | None:
+        """None: not by itself."""
+        if row.expires_at_ms is None or not self.now.may_expire:
+            return None
+        return row.expires_at_ms - self.now.wall_ms
+
+    def lease(self, row: Waiting, fence: int) -> Lease:
+        expires_in_ms = None if row.expires_at_ms is None else self.expires_in_ms(row)
+        return Lease(row.id, fence, row.activation, row.deadline_ms, expires_in_ms)
 
     def fitting(self, rows: Iterable[Waiting]) -> list[Waiting]:
         """Those at the head that fit in what is left of bytes and of what may be at most once."""
@@ -146,6 +149,7 @@ class Leases:
         self._departures = departures
         self._gated = GatedLanes(store, departures)
         self._limiting = Limiting(store)
+        self._held = HeldRows(store)
         self._round: dict[int, None] = {}  # lanes in the order of their next turn
         self._round_version = -1
         self.cut_short = False  # the last claim met so many expired or paused rows that it left the rest
@@ -175,8 +179,7 @@ class Leases:
         if not rows or not self._limiting.may_go(lane, rows[0].taskname, claim.now):
             return False  # none that may go, or too large for what is left: this lane keeps its turn
         left = claim.left
-        for row in rows:
-            claim.add(self._hand_out(lane, row, claim.request, claim.now))
+        self._hand_out(lane, self._not_expired(lane, rows, claim), claim)
         self._limiting.handed_out(lane, left - claim.left, rows[0].taskname, claim.now)
         self._turn_over(lane)
         if looked and claim.left < left:
@@ -232,46 +235,64 @@ class Leases:
         rows = self._gated.rows(lane, wanted, claim.now, claimable)
         return claim.fitting(Waiting(*values) for values in rows), True
 
-    def _hand_out(self, lane: Lane, waiting: Waiting, request: ClaimRequest, now: Now) -> Lease | None:
-        """The row's new lease; None when it expired instead."""
-        expires_in_ms = None
-        if waiting.expires_at_ms is not None and now.may_expire:
-            expires_in_ms = waiting.expires_at_ms - now.wall_ms
-            if expires_in_ms <= 0:
-                dead_letter = bool(waiting.dead_letter)
-                self._departures.expire(waiting.row, lane.number, Status.PENDING, dead_letter, now)
-                return None
-        fence = self._store.next_fence(now)
-        if request.kind is LeaseKind.PUSH:
-            self._store.move(waiting.row, lane.number, Status.PENDING, Event.CLAIMED)
-            end_ms = now.mono_ms + self._store.policy.claim_ms
-            self._store.run("claim", fence, request.kind, end_ms, waiting.row)
-            return Lease(waiting.id, fence, waiting.activation, waiting.deadline_ms, expires_in_ms)
+    def _not_expired(self, lane: Lane, rows: list[Waiting], claim: Claim) -> list[Waiting]:
+        """Those that may still run. What is too late is taken out on the way."""
+        late: list[Waiting] = []
+        rest: list[Waiting] = []
+        for row in rows:
+            left_ms = None if row.expires_at_ms is None else claim.expires_in_ms(row)
+            (rest if left_ms is None or left_ms > 0 else late).append(row)
+        for row in late:
+            dead_letter = bool(row.dead_letter)
+            self._departures.expire(row.row, lane.number, Status.PENDING, dead_letter, claim.now)
+        claim.expired += len(late)
+        claim.is_over |= claim.cut_short
+        return rest
+
+    def _hand_out(self, lane: Lane, rows: list[Waiting], claim: Claim) -> None:
+        """Give each of these rows its new lease."""
+        if not rows:
+            return
+        store, kind, now = self._store, claim.request.kind, claim.now
+        fenced = list(zip(rows, store.next_fences(len(rows), now), strict=True))
+        numbers = [row.row for row in rows]
+        if kind is LeaseKind.PUSH:
+            store.move_all(numbers, lane.number, Status.PENDING, Event.CLAIMED)
+            end_ms = now.mono_ms + store.policy.claim_ms
+            store.run_many("claim", [(fence, kind, end_ms, row.row) for row, fence in fenced])
+        else:
+            store.move_all(numbers, lane.number, Status.PENDING, Event.HANDED_OUT)
+            store.run_many("hand_out", [self._lease_values(row, fence, claim) for row, fence in fenced])
+        if kind is LeaseKind.UNARY:
+            store.measure_since("received_to_started", (row.received_at_ms for row in rows), now)
+        if kind is LeaseKind.STREAM:
+            self._held.remember(
+                (row.id, HeldRow(row.row, lane.number, fence, row.received_at_ms)) for row, fence in fenced
+            )
+        claim.leases += [claim.lease(row, fence) for row, fence in fenced]
+        claim.left_bytes -= sum(len(row.activation) for row in rows)
+
+    def _lease_values(self, row: Waiting, fence: int, claim: Claim) -> tuple[object, ...]:
+        kind, holder = claim.request.kind, claim.request.holder
         # Unary calls have no START, and at most once the hand-out is the START: both count now.
-        is_unary = request.kind is LeaseKind.UNARY
-        counts = is_unary or bool(waiting.at_most_once)
-        self._store.move(waiting.row, lane.number, Status.PENDING, Event.HANDED_OUT)
-        self._store.run(
-            "hand_out",
-            fence,
-            request.kind,
-            request.holder,
-            now.mono_ms + waiting.deadline_ms + self._store.policy.grace_ms if counts else None,
-            counts,
-            counts,
-            now.wall_ms if counts else None,
-            now.mono_ms if counts else None,
-            waiting.row,
-        )
-        if is_unary:
-            self._store.measure("received_to_started", now.wall_ms - waiting.received_at_ms)
-        return Lease(waiting.id, fence, waiting.activation, waiting.deadline_ms, expires_in_ms)
+        if kind is LeaseKind.UNARY or row.at_most_once:
+            now = claim.now
+            end_ms = now.mono_ms + row.deadline_ms + self._store.policy.grace_ms
+            return (fence, kind, holder, end_ms, 1, 1, now.wall_ms, now.mono_ms, row.row)
+        return (fence, kind, holder, None, 0, 0, None, None, row.row)
 
     # ---- what the holder says
 
     def start(self, refs: Sequence[Ref], now: Now) -> list[Verdict]:
         """The holder began: the attempt counts, the deadline runs."""
-        return [self._start(ref, now) for ref in refs]
+        verdicts: list[Verdict] = []
+        for is_plain, group in groupby(refs, lambda ref: self._held.has_not_started(ref.id, ref.fence)):
+            together = list(group)
+            if is_plain and self._held.start(together, now):
+                verdicts += [Verdict.APPLIED] * len(together)
+            else:
+                verdicts += [self._start(ref, now) for ref in together]
+        return verdicts
 
     def _start(self, ref: Ref, now: Now) -> Verdict:
         leased = self._find(ref.id)
@@ -292,9 +313,20 @@ class Leases:
 
     def report(self, reports: Sequence[Report], now: Now) -> list[Verdict]:
         """Outcomes of leases. A late one counts as long as nobody else was given the row."""
-        return [self._report(report, now) for report in reports]
+        verdicts: list[Verdict] = []
+        for is_plain, group in groupby(reports, self._is_plain):
+            together = list(group)
+            if is_plain and self._held.complete(together, now):
+                verdicts += [Verdict.APPLIED] * len(together)
+            else:
+                verdicts += [self._report(report, now) for report in together]
+        return verdicts
+
+    def _is_plain(self, report: Report) -> bool:
+        return report.status is ReportStatus.COMPLETE and self._held.has(report.id, report.fence)
 
     def _report(self, report: Report, now: Now) -> Verdict:
+        self._held.forget(report.id)
         leased = self._find(report.id)
         if leased is None:
             return Verdict.UNKNOWN
@@ -350,6 +382,7 @@ class Leases:
         return [self._hand_back(ref) for ref in refs]
 
     def _hand_back(self, ref: Ref) -> Verdict:
+        self._held.forget(ref.id)
         leased = self._find(ref.id)
         if leased is None:
             return Verdict.UNKNOWN
@@ -390,6 +423,7 @@ class Leases:
         return len(overdue)
 
     def _end_by_id(self, id_: str, now: Now, why: str) -> None:
+        self._held.forget(id_)
         leased = self._find(id_)
         assert leased is not None  # read in this very transaction
         self._end(leased, now, "deadline", why)

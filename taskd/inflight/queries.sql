@@ -128,6 +128,17 @@ UPDATE inflight SET started = 1, counted = 1, attempts = attempts + ?, lease_end
   started_mono_ms = ?
 WHERE row = ?
 
+-- name: start_held
+UPDATE inflight SET started = 1, attempts = attempts + 1 - counted, counted = 1,
+  lease_end_mono_ms = ? + deadline_ms, started_at_ms = ?, started_mono_ms = ?
+WHERE row = ? AND lane = ? AND fence = ? AND status = 5 AND started = 0
+
+-- name: complete_held
+UPDATE inflight SET status = 12, outcome = 'complete', attempts = attempts + 1 - counted,
+  started_at_ms = CASE started WHEN 1 THEN started_at_ms ELSE ? END, finished_at_ms = ?,
+  activation = NULL, record_key = NULL, holder = NULL, lease_end_mono_ms = NULL
+WHERE row = ? AND lane = ? AND fence = ? AND status = 5
+
 -- name: extend
 UPDATE inflight SET lease_end_mono_ms =
   max(lease_end_mono_ms, min(? + deadline_ms, ifnull(started_mono_ms, 0) + ?))

@@ -7,7 +7,7 @@ into transactions.
 from __future__ import annotations
 
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,7 +90,7 @@ class Changes:
     undo: list[Callable[[], object]] = field(default_factory=list)  # what else is to be taken back
     discarded: Counter[str] = field(default_factory=Counter)  # ended without a dead letter, by reason
     unknown: set[tuple[str, str, str]] = field(default_factory=set)  # (application, namespace, task): parked
-    durations_ms: list[tuple[str, int]] = field(default_factory=list)  # (metric, value)
+    durations_ms: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # by metric
     moves: list[tuple[int, Status | None, Event, Status]] = field(default_factory=list)  # (row, …), if traced
     transitions: list[Transition] = field(default_factory=list)  # the same by id, once committed
 
@@ -104,7 +104,8 @@ class Changes:
         self.undo.extend(other.undo)
         self.discarded.update(other.discarded)
         self.unknown.update(other.unknown)
-        self.durations_ms.extend(other.durations_ms)
+        for metric, values_ms in other.durations_ms.items():
+            self.durations_ms[metric] += values_ms
         self.moves.extend(other.moves)
 
 
@@ -257,6 +258,21 @@ class SqliteStore:
         """An apsw cursor over the rows of a named statement; their types are the statement's."""
         return self.db.execute(self.queries[name], values)
 
+    def run_many(self, name: str, values: Sequence[Sequence[Any]]) -> int:
+        """A named statement for each of `values`. Returns how many rows it changed together."""
+        before = self.db.total_changes()
+        self.db.executemany(self.queries[name], values)
+        return self.db.total_changes() - before
+
+    def run_if_each(self, name: str, values: Sequence[Sequence[Any]]) -> bool:
+        """The same, but only if it finds a row for each of them; otherwise nothing is done."""
+        self.db.execute("SAVEPOINT each")
+        complete = self.run_many(name, values) == len(values)
+        if not complete:
+            self.db.execute("ROLLBACK TO each")
+        self.db.execute("RELEASE each")
+        return complete
+
     def one(self, name: str, *values: Any) -> Any:
         """The first row of a statement, None when it has none."""
         return self.run(name, *values).fetchone()
@@ -265,16 +281,20 @@ class SqliteStore:
 
     def move(self, row: int, lane: int, before: Status | None, event: Event) -> Status:
         """The status `event` leads to, counted; the caller writes it. Raises IllegalTransition."""
+        return self.move_all((row,), lane, before, event)
+
+    def move_all(self, rows: Sequence[int], lane: int, before: Status | None, event: Event) -> Status:
+        """The same for several rows of one lane."""
         status = after(before, event)
         if self.traced:
-            self._write.moves.append((row, before, event, status))
-        self._write.events[event, status] += 1
+            self._write.moves += [(row, before, event, status) for row in rows]
+        self._write.events[event, status] += len(rows)
         if self.passed and status is Status.PENDING and before in _KEEPS_SEQ:
             self.passed.pop(lane, None)
         if self.limits.rules and before in HELD and status not in HELD:
             self._make_room(lane)
-        self._count(lane, before, -1)
-        self._count(lane, status, +1)
+        self._count(lane, before, -len(rows))
+        self._count(lane, status, len(rows))
         return status
 
     def forget(self, lane: int) -> None:
@@ -319,7 +339,12 @@ class SqliteStore:
 
     def measure(self, metric: str, value_ms: int) -> None:
         """Note a duration; it is observed once the transaction is committed."""
-        self._write.durations_ms.append((metric, max(value_ms, 0)))
+        self._write.durations_ms[metric].append(max(value_ms, 0))
+
+    def measure_since(self, metric: str, received_at_ms: Iterable[int], now: Now) -> None:
+        """Note how long ago each of these moments was."""
+        wall_ms = now.wall_ms
+        self._write.durations_ms[metric] += [max(wall_ms - at_ms, 0) for at_ms in received_at_ms]
 
     def _count(self, lane: int, status: Status | None, change: int) -> None:
         if status is not None:
@@ -478,13 +503,19 @@ class SqliteStore:
         )
 
     def next_seq(self) -> int:
-        self.last_seq += 1
-        return self.last_seq
+        return self.next_seqs(1)[0]
 
-    def next_fence(self, now: Now) -> int:
+    def next_seqs(self, count: int) -> range:
+        first = self.last_seq + 1
+        self.last_seq += count
+        return range(first, first + count)
+
+    def next_fences(self, count: int, now: Now) -> range:
         """Larger than any before, also when the file was restored from a copy: wall time in microseconds."""
-        self.last_fence = max(self.last_fence + 1, now.wall_ms * 1000)
-        return self.last_fence
+        first = max(self.last_fence + 1, now.wall_ms * 1000)
+        if count:
+            self.last_fence = first + count - 1
+        return range(first, first + count)
 
     # ---- opening
 

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from taskd.telemetry.durations import Durations
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LANES_SHOWN = 500  # application and namespace come from producers: without a cap they could fill the memory
 OTHER_LANES = "(other)"
@@ -35,6 +37,12 @@ def _gauge(name: str, about: str, *labels: str) -> Gauge:
 
 def _histogram(name: str, about: str, buckets: Iterable[float], *labels: str) -> Histogram:
     return Histogram(name, about, labels, buckets=tuple(buckets), registry=registry)
+
+
+def _durations(name: str, about: str, buckets: Iterable[float]) -> Durations:
+    collected = Durations(name, about, buckets)
+    registry.register(collected)
+    return collected
 
 
 # ingest
@@ -84,13 +92,13 @@ limit_concurrency = _gauge("taskd_limit_concurrency", "Most of them that the lim
 limit_rate_per_second = _gauge("taskd_limit_rate_per_second", "The rate that it allows", "kind", "name")
 limit_waiting = _gauge("taskd_limit_waiting", "Activations that wait because of the limit", "kind", "name")
 connected_workers = _gauge("taskd_connected_workers", "Workers with an open stream")
-received_to_stored_seconds = _histogram(
+received_to_stored_seconds = _durations(
     "taskd_received_to_stored_seconds", "From received_at to the row in the store", _WAIT_S
 )
-received_to_started_seconds = _histogram(
+received_to_started_seconds = _durations(
     "taskd_received_to_started_seconds", "From received_at to the first start", _WAIT_S
 )
-received_to_finished_seconds = _histogram(
+received_to_finished_seconds = _durations(
     "taskd_received_to_finished_seconds", "From received_at to the final status", _WAIT_S
 )
 

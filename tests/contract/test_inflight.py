@@ -125,7 +125,7 @@ TEMPLATE = Arrival(
 
 
 def arrival(id_: str, **changes: Any) -> Arrival:
-    return replace(TEMPLATE, id=id_, **{"activation": id_.encode(), **changes})
+    return TEMPLATE._replace(id=id_, **{"activation": id_.encode(), **changes})
 
 
 async def put(inflight: Inflight, *ids: str, **changes: Any) -> Inserted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +336,7 @@ async def fill_in_all_states(path: Path) -> None:
     async with opened(path) as store:
         await store.insert(
             [
-                replace(arrival, activation=bytes(TaskActivation(id=arrival.id, taskname="task")))
+                arrival._replace(activation=bytes(TaskActivation(id=arrival.id, taskname="task")))
                 for arrival in arrivals(*(f"{n:03}" for n in range(400)))
             ]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import REGISTRY
 
 from taskd.telemetry import metrics
+from taskd.telemetry.durations import Durations
 
 NAMES = {
     "taskd_asyncio_errors_total": (),
@@ -43,7 +44,7 @@ def test_labels():
         metric._name: metric._labelnames
         for metric in vars(metrics).values()
         if hasattr(metric, "_labelnames")
-    }
+    } | {metric.name: () for metric in vars(metrics).values() if isinstance(metric, Durations)}
     for name, labels in NAMES.items():
         if name != "taskd_asyncio_errors_total":
             assert declared[name.removesuffix("_total")] == labels, name

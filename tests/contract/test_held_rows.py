@@ -1,0 +1,214 @@
+"""What is done with many held rows at once is what would be done with each of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from taskd.activation.lifecycle import Event, Status
+from taskd.activation.switches import Switch, SwitchKind
+from taskd.clock import Now
+from taskd.inflight import held
+from taskd.inflight.base import Arrival, ClaimRequest, LeaseKind, Policy, Ref, Report, ReportStatus, Verdict
+from taskd.inflight.sqlite import Changes
+from taskd.inflight.writer import Inflight, open_inflight
+
+APPLIED, SUPERSEDED, UNKNOWN = Verdict.APPLIED, Verdict.SUPERSEDED, Verdict.UNKNOWN
+COMPLETE, FAILURE = ReportStatus.COMPLETE, ReportStatus.FAILURE
+
+
+class StoppedClock:
+    wall_ms, mono_ms = 1_700_000_000_000, 50_000
+
+    def now(self) -> Now:
+        return Now(self.wall_ms, self.mono_ms)
+
+
+@asynccontextmanager
+async def opened(folder: Path, clock: StoppedClock, name: str = "store") -> AsyncIterator[Inflight]:
+    async with open_inflight(folder / f"{name}.sqlite", clock, Policy(), inline=True) as inflight:
+        yield inflight
+        check(inflight)
+
+
+def check(inflight: Inflight) -> None:
+    core = inflight._store
+    counted = {(d.application, d.namespace, d.status): d.count for d in core.recount()}
+    assert {(d.application, d.namespace, d.status): d.count for d in inflight.depths()} == counted
+
+
+def arrival(id_: str, **changes: Any) -> Arrival:
+    return Arrival(
+        id=id_,
+        namespace="mail",
+        taskname="send",
+        application="shop",
+        received_at_ms=StoppedClock.wall_ms - 1_000,
+        processing_deadline_s=10,
+        expires_s=None,
+        delay_s=None,
+        attempts=0,
+        dead_letter=True,
+        at_most_once=False,
+        topic="taskd",
+        partition=0,
+        offset=0,
+        record_key=b"key",
+        activation=b"bytes",
+    )._replace(**changes)
+
+
+async def hold(inflight: Inflight, *ids: str, holder: str = "w1") -> list[Ref]:
+    await inflight.insert([arrival(id_) for id_ in ids])
+    return [lease.ref for lease in await claim(inflight, len(ids), holder)]
+
+
+async def claim(inflight: Inflight, limit: int, holder: str = "w1") -> Sequence[Any]:
+    return await inflight.claim(ClaimRequest(limit, LeaseKind.STREAM, holder=holder))
+
+
+def reports(refs: Sequence[Ref], status: ReportStatus = COMPLETE) -> list[Report]:
+    return [Report(ref.id, ref.fence, status) for ref in refs]
+
+
+@pytest.fixture
+def clock() -> StoppedClock:
+    return StoppedClock()
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: StoppedClock) -> AsyncIterator[Inflight]:
+    async with opened(tmp_path, clock) as inflight:
+        yield inflight
+
+
+async def test_what_is_completed_together_leaves_the_tombstones_of_single_ones(store: Inflight) -> None:
+    changes: list[Changes] = []
+    refs = await hold(store, "a", "b", "c")
+    await store.start(refs[:1])
+    store.observers.append(changes.append)
+    assert await store.report(reports(refs)) == [APPLIED] * 3
+    assert [(d.status, d.outcome, d.attempts) for d in await store.describe(["a", "b", "c"])] == [
+        (Status.GONE, "complete", 1)
+    ] * 3
+    (change,) = (change for change in changes if change.events)
+    assert change.events == {(Event.COMPLETED, Status.COMPLETE): 3, (Event.SETTLED, Status.GONE): 3}
+    assert change.durations_ms == {"received_to_started": [1_000] * 2, "received_to_finished": [1_000] * 3}
+    row = store._store.db.execute("SELECT activation, record_key, holder, lease_end_mono_ms FROM inflight")
+    assert set(row) == {(None, None, None, None)}
+
+
+async def test_of_two_reports_of_one_lease_the_first_counts(store: Inflight) -> None:
+    refs = await hold(store, "a", "b", "c")
+    first, second, third = reports(refs)
+    assert await store.report([first, first, second]) == [APPLIED, UNKNOWN, APPLIED]
+    assert await store.report([third._replace(status=FAILURE), third]) == [APPLIED, SUPERSEDED]
+
+
+async def test_an_older_fence_is_superseded_among_others_that_count(store: Inflight) -> None:
+    old, other = await hold(store, "a", "b")
+    await store.hand_back([old])
+    (new,) = await claim(store, 1, "w2")
+    given = [*reports([old, other]), *reports([new.ref])]
+    assert await store.report(given) == [SUPERSEDED, APPLIED, APPLIED]
+
+
+async def test_a_row_that_a_switch_dropped_meanwhile_takes_no_neighbour_along(store: Inflight) -> None:
+    refs = await hold(store, "a", "b")
+    await store.insert([arrival("killed", taskname="other")])
+    refs += [lease.ref for lease in await claim(store, 1)]
+    await store.put_switch(Switch(SwitchKind.KILLSWITCH, "shop", "mail", "other"))
+    await store.apply_switches(0, 100)
+    assert await store.start(refs) == [APPLIED, APPLIED, UNKNOWN]
+    assert await store.report(reports(refs)) == [APPLIED, APPLIED, UNKNOWN]
+
+
+async def test_a_start_that_comes_again_is_looked_up(store: Inflight) -> None:
+    (ref,) = await hold(store, "a")
+    assert await store.start([ref, ref]) == [APPLIED, APPLIED]
+    await store.cancel(["a"], "no need")
+    assert await store.start([ref]) == [UNKNOWN]
+
+
+async def test_the_deadline_runs_from_the_start_of_each(store: Inflight, clock: StoppedClock) -> None:
+    await store.insert([arrival("short", processing_deadline_s=1), arrival("long", processing_deadline_s=9)])
+    refs = [lease.ref for lease in await claim(store, 2)]
+    clock.mono_ms += 60_000
+    assert await store.start(refs) == [APPLIED, APPLIED]
+    clock.mono_ms += 5_000
+    assert await store.end_overdue(10) == 1
+    assert await store.report(reports(refs)) == [APPLIED, APPLIED]  # late, but nobody else has it
+
+
+async def test_a_commit_that_failed_leaves_them_held(store: Inflight) -> None:
+    refs = await hold(store, "a", "b")
+    store._store.db.set_commit_hook(lambda: True)  # turns every COMMIT into a ROLLBACK
+    with pytest.raises(Exception, match="Constraint"):
+        await store.report(reports(refs))
+    store._store.db.set_commit_hook(None)
+    check(store)
+    assert await store.report(reports(refs)) == [APPLIED, APPLIED]
+
+
+async def test_more_than_are_remembered(store: Inflight, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "MAX_REMEMBERED", 2)
+    refs = [*await hold(store, "a", "b", "c"), *await hold(store, "d")]
+    assert await store.report(reports(refs)) == [APPLIED] * 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_together_or_one_by_one_is_the_same(tmp_path: Path, clock: StoppedClock, seed: int) -> None:
+    pick = Random(seed)
+    async with opened(tmp_path, clock) as quick, opened(tmp_path, clock, "slow") as slow:
+        slow._leases._held.remember = lambda rows: None  # type: ignore[method-assign]
+        held: list[Ref] = []
+        for step in range(60):
+            clock.mono_ms += pick.choice([0, 10, 4_000])
+            clock.wall_ms += 10
+            some = [ref for ref in held if pick.random() < 0.4]
+            act = pick.choice(
+                ["insert", "claim", "start", "report", "back", "overdue", "reconcile", "cancel"]
+            )
+            results = []
+            for store in (quick, slow):
+                match act:
+                    case "insert":
+                        once = step % 3 == 0
+                        names = [f"{step}.{n}" for n in range(5)]
+                        new = [arrival(n, at_most_once=once, namespace=f"n{step % 2}") for n in names]
+                        results.append(repr(await store.insert(new)))
+                    case "claim":
+                        leases = await claim(store, 6, "w1" if step % 2 else "w2")
+                        results.append([lease.ref for lease in leases])
+                    case "start":
+                        results.append(await store.start(some))
+                    case "report":
+                        statuses = Random(step).choices([*ReportStatus, *[COMPLETE] * 20], k=len(some))
+                        said = [Report(r.id, r.fence, s) for r, s in zip(some, statuses, strict=True)]
+                        results.append(await store.report(said))
+                    case "back":
+                        results.append(await store.hand_back(some[:2]))
+                    case "overdue":
+                        results.append(await store.end_overdue(3))
+                    case "reconcile":
+                        results.append(await store.reconcile("w1", held[-4:]) if step % 4 == 0 else 0)
+                    case "cancel":
+                        results.append(await store.cancel([ref.id for ref in some[:1]], "why"))
+            assert results[0] == results[1]
+            if act == "claim":
+                held += results[0]
+            assert rows(quick) == rows(slow)
+
+
+def rows(inflight: Inflight) -> list[Any]:
+    """What anybody reads of them; that a tombstone's lease was counted and started is read by nobody."""
+    columns = (
+        "id, status, lane, seq, activation, attempts, fence, holder, started_at_ms, lease_end_mono_ms, "
+        "reason, error, outcome, finished_at_ms, iif(status = 12, 0, counted), iif(status = 12, 0, started)"
+    )
+    return list(inflight._store.db.execute(f"SELECT {columns} FROM inflight ORDER BY row"))
