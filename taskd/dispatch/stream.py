@@ -164,12 +164,15 @@ class Session:
         hello, inflight = self._hello, self._inflight
         worker = log.bind(worker=hello.worker_id, pool=hello.pool)
         self._dispatch.presence.seen(hello.worker_id)
-        holding = hello.holding if hello.store_id == inflight.store_id else ()
+        # A worker that speaks of another store, or of none, says nothing of what it has from this one: it
+        # finds out by the welcome, and comes again if there is anything.
+        knows_us = hello.store_id == inflight.store_id
+        holding = hello.holding if knows_us else ()
         wake = inflight.watch_claimable()
         standing = inflight.standing.add(self._request_along, wake.set)
         with self._scope:
             try:
-                lost = await inflight.reconcile(hello.worker_id, _refs(holding))
+                lost = await inflight.reconcile(hello.worker_id, _refs(holding)) if knows_us else 0
                 worker.info("worker connected", holding=len(holding), lost_on_the_way=lost)
                 self.stop(await inflight.lost(_refs(holding)), StopReason.LOST)
                 if not self._dispatch.hands_out:

@@ -42,6 +42,7 @@ WELCOME_WITHIN_S = 10.0
 SEND_WITHIN_S = 30.0
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.1, 10.0
 CALM_AFTER_S = 5.0  # a connection that lasted this long starts the back-off anew
+STAND_BY_S = 300.0  # then the address may lead elsewhere, and is tried again
 MAX_LEASE_S, MIN_LEASE_S = 86_400.0, 0.1
 
 State = Literal["connecting", "working", "draining", "down"]
@@ -114,6 +115,9 @@ class Link:
         """Keep the connection until `close` or cancelled."""
         failures = 0
         while True:
+            await self._stand_by()
+            if self._closing:
+                break
             since = trio.current_time()
             try:
                 async with self._connect(self.address) as stream:
@@ -124,9 +128,24 @@ class Link:
             calm = self.connected and trio.current_time() - since >= CALM_AFTER_S
             failures = 1 if calm else failures + 1
             self._disconnected(why, failures)
-            if self._closing:
-                break
-            await trio.sleep(self._backoff_s(failures))
+            if not self._closing:
+                await trio.sleep(self._backoff_s(failures))
+
+    async def _stand_by(self) -> None:
+        """While another address leads to the same store: a broker has one stream with each worker."""
+        account = self.account
+        if account is None or account.address in ("", self.address):
+            return
+        log.warning(
+            "two addresses lead to one broker, this one is not used: name it once",
+            address=self.address,
+            used=account.address,
+            store_id=account.store_id,
+        )
+        with trio.move_on_after(STAND_BY_S):
+            while account.address and not self._closing:
+                self._wake = trio.Event()
+                await self._wake.wait()
 
     def _backoff_s(self, failures: int) -> float:
         longest_s = min(BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), BACKOFF_MOST_S)
@@ -141,6 +160,8 @@ class Link:
             log.info("broker not reached", address=self.address, error=why, failures=failures)
         if self.connected and self.account is not None:
             self.account.connection_lost()
+        if self.account is not None and self.account.address == self.address:
+            self.account.address = ""
         self.state = "down"
         self.credit = StreamCredit()
         self._on_change()
@@ -157,6 +178,8 @@ class Link:
 
     async def _introduce(self, stream: ClientStream) -> Account:
         before = self.account
+        if before is not None:
+            before.address = self.address
         me = self._identity
         hello = Hello(
             me.worker_id,
@@ -174,19 +197,31 @@ class Link:
             welcome = await _welcome(stream)
         if waiting.cancelled_caught:
             raise PeerTimeout(f"no welcome from {self.address} within {WELCOME_WITHIN_S:g} s")
+        self._enter(welcome.store_id)
         return self._welcomed(welcome)
 
-    def _welcomed(self, welcome: Welcome) -> Account:
-        if self.account is not None and self.account.store_id != welcome.store_id:
+    def _enter(self, store_id: str) -> None:
+        """It is about this store from now on. Raises PeerUnavailable for one that must be told more first."""
+        before = self.account
+        if before is not None and before.store_id != store_id:
             log.warning(
                 "another store answers at this address",
                 address=self.address,
-                before=self.account.store_id,
-                now=welcome.store_id,
-                kept_results=len(self.account.untaken),
+                before=before.store_id,
+                now=store_id,
+                kept_results=len(before.untaken),
             )
+            before.address = ""
+        is_known = store_id in self._backlog.accounts
+        self.account = self._backlog.account(store_id)
+        if is_known and self.account is not before:
+            # The hello said nothing of what there is from it, and somebody else may be at it.
+            raise PeerUnavailable(f"{self.address} leads to a store that was met elsewhere: connecting anew")
+        self.account.address = self.address
+
+    def _welcomed(self, welcome: Welcome) -> Account:
+        assert self.account is not None
         self._lease_s = min(max(welcome.lease_ms / 1000, MIN_LEASE_S), MAX_LEASE_S)
-        self.account = self._backlog.account(welcome.store_id)
         self.account.connection_lost()  # tell everything anew: nobody knows what arrived before
         self._sent_at = trio.current_time()
         if self._sent_at > self.account.lease_until:

@@ -49,12 +49,13 @@ class Account:
 
     `lease_until`: when the leases end unless the store hears from this worker; while connected,
     every frame sent moves it. `max_deadline_s`: how far after its start the heartbeats of a task move its
-    deadline; None: as far as they like.
+    deadline; None: as far as they like. `address`: where a link talks with the store, or is about to; or "".
     """
 
     moves_deadlines: ClassVar[bool] = True  # whether the store hears of a task's own signs of life
 
     store_id: str
+    address: str = ""
     lease_until: float = float("inf")
     max_deadline_s: float | None = None
     jobs: dict[LeaseRef, Job] = field(default_factory=dict)

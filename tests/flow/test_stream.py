@@ -311,6 +311,9 @@ async def test_lease_refs_of_another_store_are_not_trusted(autojump_clock: Clock
     await produce(broker, "a")
     async with connected(broker) as worker:
         (item,) = await worker.work(1)
-    async with connected(broker, store_id="another", holding=(LeaseRef(item.id, item.fence),)):
+    async with connected(broker, store_id="another", holding=(LeaseRef(item.id, item.fence + 1),)):
+        await broker.settle()
+        assert (await describe(broker, "a")).status is Status.PROCESSING, "nothing was said of it"
+    async with connected(broker, store_id=broker.inflight.store_id):
         await broker.settle()
         assert (await describe(broker, "a")).status is Status.PENDING

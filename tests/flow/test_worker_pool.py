@@ -726,6 +726,10 @@ async def test_another_store_at_the_address_gets_nothing_of_the_old_one(autojump
         assert [result.id for result in other.results] == ["z"]
         other.cut()
         back = await it.network.accept("old")
+        assert back.hello.store_id == "new"
+        back = await it.network.accept("old")  # and this time it says what it has from there
+        assert back.hello.store_id == "old"
+        assert [lease.id for lease in back.hello.holding] == ["a"]
         await back.until(lambda: bool(back.results))
         assert [result.id for result in back.results] == ["a"]
 

@@ -642,7 +642,8 @@ class Hello(betterproto2.Message):
     """
     First frame of a worker. `holding` names every lease the worker still has from this store in
     whatever form (waiting, running, result not yet taken): what the broker believes to be with this
-    worker and is not named was lost on the way, and its lease ends.
+    worker and is not named was lost on the way, and its lease ends. A hello with another store_id says
+    nothing of this store: no lease ends, and the worker comes again if it was given anything before.
     """
 
     version_min: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
