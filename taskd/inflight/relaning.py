@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
+
+import apsw
 
 from taskd.activation.lifecycle import HELD, WAITING, Status
 from taskd.clock import Now
@@ -33,6 +36,8 @@ class Relaning:
         self._store = store
         self._after_row: int | None = None  # None: nothing is to be moved
         self._begin()
+        with suppress(apsw.Error):  # a full disk: the first round says so
+            self._note_begun()
 
     @property
     def is_due(self) -> bool:
@@ -47,8 +52,7 @@ class Relaning:
             self._begin()
         if self._after_row is None:
             return Round(0, None)
-        if self._after_row == 0:
-            write_laned(store, store.limits.laned | read_laned(store)[0], settled=False)
+        self._note_begun()
         rows = store.run("rows_after", self._after_row, limit).fetchall()
         for row, number, lane_number, taskname, *_ in rows:
             status, lane = Status(number), store.lanes[lane_number]
@@ -69,6 +73,11 @@ class Relaning:
         if self._after_row is None:
             self._store.unsettled = frozenset()
         return self._after_row is None
+
+    def _note_begun(self) -> None:
+        """What arrives from here on goes to the new lanes, and must be found there also by the next start."""
+        if self._after_row == 0:
+            write_laned(self._store, self._store.limits.laned | read_laned(self._store)[0], settled=False)
 
     def _begin(self) -> None:
         store = self._store
