@@ -156,18 +156,18 @@ class Inflight:
         return self._begin(lambda now: self._leases.claim(request, now))
 
     async def claim(self, request: ClaimRequest) -> list[Lease]:
-        def claim(now: Now) -> tuple[list[Lease], bool]:
-            return self._leases.claim(request, now), self._leases.cut_short
+        def claim(now: Now) -> tuple[list[Lease], bool, int]:
+            return self._leases.claim(request, now), self._leases.cut_short, now.mono_ms
 
         while not self.trouble:
             try:
-                leases, cut_short = await self._submit(claim)
+                leases, cut_short, looked_ms = await self._submit(claim)
             except StoreError:
                 if not self.trouble:
                     raise
             else:
                 if leases or not cut_short:
-                    self._expect_token()
+                    self._expect_token(looked_ms)
                     return leases
         return []
 
@@ -329,11 +329,14 @@ class Inflight:
             states += await self._submit(lambda now: self._leases.pool_states())
         return states
 
-    def _expect_token(self) -> None:
-        """Somebody goes away without rows: note when the next token comes that rows wait for."""
+    def _expect_token(self, looked_ms: int) -> None:
+        """Somebody goes away without rows: note when the next token comes that rows wait for.
+
+        `looked_ms`: when it looked (monotonic). A token may have come since, and is due then.
+        """
         if not self._store.limits.rated:
             return
-        due_ms = self._store.limits.next_token_ms(self._clock.now().mono_ms)
+        due_ms = self._store.limits.next_token_ms(looked_ms)
         if due_ms is not None and (self._token_due_ms is None or due_ms < self._token_due_ms):
             self._token_due_ms = due_ms
             self.short_of_tokens.set()
@@ -386,7 +389,7 @@ class Inflight:
             for lane in list(self._store.lanes.values())
         )
         if not found:
-            self._expect_token()
+            self._expect_token(now_ms)
         return found
 
     def counts(self) -> Counter[Status]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from taskd.activation.lifecycle import Status
+from taskd.clock import Now
 from taskd.inflight.base import (
     Arrival,
     ClaimRequest,
@@ -467,6 +468,16 @@ async def test_an_interrupted_move_goes_on_at_the_next_start(opened: Opener) -> 
         assert {lane.taskname for lane in store._store.lanes.values()} == {""}
 
 
+async def test_what_came_in_before_the_move_began_is_found_at_the_next_start(opened: Opener) -> None:
+    rule = task_limit(concurrency=1)
+    async with opened(rule):
+        pass
+    async with opened(settle=False) as store:  # the limit is gone, and this start is cut off at once
+        await put(store, "s1", "s2", "s3", taskname="slow")
+    async with opened(rule) as store:
+        assert names(await claim(store)) == ["s1"]
+
+
 async def test_a_file_without_limits_is_not_looked_through(opened: Opener) -> None:
     async with opened(namespace_limit(1)) as store:
         await put(store, "a")
@@ -482,6 +493,34 @@ async def test_the_order_of_a_lane_outlives_the_move(opened: Opener) -> None:
         store.set_policy(Policy())
         await relane(store, 7)
         assert names(await claim(store, 20)) == [f"{number:02}" for number in range(20)]
+
+
+class CreepingClock(FixedClock):
+    """A millisecond goes by with every look at it."""
+
+    def now(self) -> Now:
+        self.advance(0.001)
+        return super().now()
+
+
+@pytest.mark.parametrize("early_ms", range(6))
+@pytest.mark.parametrize("looks", ["claimable", "claim"])
+async def test_a_token_that_comes_while_somebody_looks_for_it_is_expected(
+    tmp_path: Path, early_ms: int, looks: str
+) -> None:
+    clock = CreepingClock(mono_ms=5_000_000)
+    policy = Policy(limits=(task_limit(rate=Rate(1, 1_000)),))
+    async with open_inflight(tmp_path / "store.sqlite", clock, policy, inline=True) as store:
+        await relane(store)
+        clock.advance(10)
+        await put(store, "a", taskname="slow")
+        assert names(await claim(store)) == ["a"]
+        await put(store, "b", taskname="slow")
+        (limit,) = store._store.limits.rated
+        assert limit.bucket is not None
+        clock.mono_ms = limit.bucket.ready_at_ms() - early_ms
+        found = store.claimable(None, ()) if looks == "claimable" else names(await claim(store))
+        assert found or store.tokens_in_s() < 2, "nobody would look again"
 
 
 # ---- whatever happens
