@@ -148,6 +148,7 @@ class Broker:
                 roster,
                 limit=config.upkeep.max_rows_per_round,
                 every_s=lambda: self._config.upkeep.interval_s,
+                parks_unknown=config.dispatch.unknown_tasks == "park",
             )
         )
         self._stream = StreamDispatch(

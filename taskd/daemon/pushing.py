@@ -43,13 +43,14 @@ def parking_duty(
     *,
     limit: int,
     every_s: Callable[[], float],
+    parks_unknown: bool = True,
 ) -> Duty:
     """Push parks applications, workers that fetch have tasks parked that none of them knows."""
     parking: PushParking | UnknownTasks
     if push is not None:
         parking = PushParking(inflight, push.served, limit=limit)
     else:
-        parking = UnknownTasks(inflight, roster, limit=limit)
+        parking = UnknownTasks(inflight, roster, limit=limit, parks=parks_unknown)
     return Duty("park", parking.round, limit, every_s)
 
 

@@ -8,10 +8,12 @@ import structlog
 
 from taskd.activation.lifecycle import Status
 from taskd.dispatch.roster import Roster
+from taskd.inflight.known import KnownTasks
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
 
 MAX_REPORTED = 1_000  # names of unknown tasks remembered as told
+EVERYTHING = KnownTasks(everything=True)
 
 log = structlog.get_logger("taskd.dispatch")
 
@@ -48,6 +50,8 @@ class PushParking:
                 "add it to push.worker_map",
                 application=application,
             )
+        if len(self._reported) > MAX_REPORTED:
+            self._reported &= unserved  # nothing is left of the others
         self._reported |= unserved
         for application in sorted(self._reported):
             if application in served:
@@ -56,19 +60,23 @@ class PushParking:
 
 
 class UnknownTasks:
-    """Brings back what claims parked, because no connected worker knew the task, once one knows it."""
+    """Brings back what claims parked, because no connected worker knew the task, once one knows it.
 
-    def __init__(self, inflight: Inflight, roster: Roster, *, limit: int) -> None:
+    `parks` False: claims park nothing any more, so whatever was parked before comes back.
+    """
+
+    def __init__(self, inflight: Inflight, roster: Roster, *, limit: int, parks: bool = True) -> None:
         self._inflight = inflight
         self._roster = roster
         self._limit = limit
+        self._parks = parks
         self._looked_for: object = None  # all that is parked is unknown to these
         self._reported: set[tuple[str, str, str]] = set()
         inflight.observers.append(self._parked)
 
     async def round(self) -> int:
         """A duty of upkeep: bring back at most `limit` rows; returns how many."""
-        known = self._roster.anyone()
+        known = self._roster.anyone() if self._parks else EVERYTHING
         if known is self._looked_for:
             return 0
         self._looked_for = known

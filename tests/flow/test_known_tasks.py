@@ -12,6 +12,8 @@ import trio
 from structlog.testing import capture_logs
 
 from taskd.activation.lifecycle import Status
+from taskd.daemon.pushing import parking_duty
+from taskd.dispatch.roster import Roster
 from taskd.wire import frames
 from taskd.wire.frames import TaskName
 
@@ -155,6 +157,18 @@ async def test_what_was_parked_comes_back_after_a_restart(
         async with connected(broker, OTHER) as worker:
             await trio.sleep(2)
             assert worker.ids == ["x"]
+
+
+async def test_what_was_parked_comes_back_when_nothing_is_parked_any_more(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    async with connected(broker, KNOWN):
+        await produce(broker, "x", taskname="other")
+        duty = parking_duty(
+            broker.inflight, None, Roster(broker.clock), limit=9, every_s=lambda: 1.0, parks_unknown=False
+        )
+        assert await duty.round() == 1
+        assert await status(broker, "x") is Status.PENDING
 
 
 async def test_a_long_queue_of_what_others_know_is_passed_over_in_steps(
