@@ -6,7 +6,7 @@ and who is to blame for its end is decided in async_blame.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -178,6 +178,7 @@ class Crowd:
                 return f"child {self._child.pid} broke the protocol of its pipe: {error}"
             for report in reports:
                 if not self._handle(report):
+                    self._is_garbled = True
                     return f"child {self._child.pid} reported {report!r:.100}, which it was not asked for"
             self._on_change()
             self._wake.set()
@@ -266,13 +267,19 @@ class Crowd:
         end = self._watch.how_it_ended(why, is_garbled=self._is_garbled)
         left = dict(self._inside)
         self._inside.clear()
-        back = [one.job for one in left.values() if one.since is None]
+        back = [left.pop(number).job for number in self._not_begun(left)]
         for number, one in left.items():
-            if one.since is not None:
-                self._end(one, judge(number, one, end, self._tally, now))
+            self._end(one, judge(number, one, end, self._tally, now))
         if back:
             self._backlog.put_back(back)
         self._on_change()
+
+    def _not_begun(self, left: Mapping[int, Activation]) -> list[int]:
+        """What the dead child did not begin, for sure: from a garbled pipe not every start was read."""
+        if not self._is_garbled:
+            return [number for number, one in left.items() if one.since is None]
+        first = self._sent - self._child.take_back() + 1
+        return [number for number in range(first, self._sent + 1) if number in left]
 
     def _end(self, one: Activation, verdict: pipe.Verdict) -> None:
         self._tally.timeouts += verdict.reason == "timeout"

@@ -124,6 +124,8 @@ class ScriptedChild:
                     if piece.start_within_s is not None and trio.current_time() >= at + piece.start_within_s:
                         self._tell(pipe.Expired(number))
                         continue
+                    if self._names[piece.activation].startswith("junk"):
+                        self._tell(pipe.Ready(()))  # and what comes behind it is not read any more
                     self._tell(pipe.Started(number, RETRY_ON_TIMEOUT))
                     self._scopes[number] = trio.CancelScope(deadline=trio.current_time() + piece.deadline_s)
                     nursery.start_soon(self._task, number, self._names[piece.activation])
@@ -478,3 +480,12 @@ async def test_starts_that_fail_are_tried_again(autojump_clock: MockClock) -> No
         (late,) = await scene.run(call("sleep 1"))
         assert late.status is COMPLETE
         assert scene.slot.failed_starts_count == 3
+
+
+async def test_what_began_behind_junk_in_the_pipe_does_not_begin_again(autojump_clock: MockClock) -> None:
+    async with open_scene() as scene:
+        (junk, other) = await scene.run(call("junk 60"), call("sleep 60"), within_s=10)
+        assert (junk.status, other.status) == (CRASHED, CRASHED)
+        assert sorted(scene.started) == ["junk 60", "sleep 60"]
+        (after,) = await scene.run(call("sleep 1"))
+        assert after.status is COMPLETE
