@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 
 import structlog
@@ -23,6 +24,9 @@ BUDGET_BYTES = 256 * 1024  # that may come at once
 BUDGET_BYTES_PER_S = 128 * 1024
 LINE_BYTES = 256  # what a line costs of it besides its length: about 30 us of the worker's time
 SAY_DROPPED_EVERY_S = 1.0
+
+_MARKS = re.compile(re.escape(NUMBER_MARK) + rb"(\d{1,20})\n")
+_MARK_AT_END = re.compile(re.escape(NUMBER_MARK) + rb"(\d{1,20})\Z")
 
 Whose = Callable[[int], str | None]
 """The id of the activation that runs, given the number the output says it is from; 0: it does not say."""
@@ -121,16 +125,16 @@ class Stream:
     def _drop(self, data: bytes) -> None:
         self._budget.dropped_bytes += len(self._rest) + len(data)
         self._rest, self._skipping = b"", not data.endswith(b"\n")
-        mark = data.rfind(NUMBER_MARK)
-        if mark >= 0:
-            self._number = _number(data[mark + 1 : mark + 21].partition(b"\n")[0])
+        for mark in _MARKS.finditer(data):
+            self._number = int(mark[1])
 
     def _line(self, line: bytes, whose: Whose) -> None:
-        text, mark, number = line.partition(NUMBER_MARK)
+        mark = _MARK_AT_END.search(line)  # tasks may print this character for a purpose of their own
+        text = line if mark is None else line[: mark.start()]
         if text:
             self._text(text, whose(self._number))
-        if mark:
-            self._number = _number(number)
+        if mark is not None:
+            self._number = int(mark[1])
 
     def _text(self, text: bytes, id_: str | None) -> None:
         size = min(len(text), MAX_LINE_BYTES)
@@ -150,10 +154,6 @@ class Stream:
                 level, details, line = int(number), {"source": name}, text
         text_ = line.replace(LINE_BREAK, b"\n").decode("utf-8", "backslashreplace")
         log.log(_known_level(level), "task output", id=id_, text=text_, **details)
-
-
-def _number(digits: bytes) -> int:
-    return int(digits) if digits.isdigit() and len(digits) <= 20 else 0
 
 
 def _known_level(level: int) -> int:

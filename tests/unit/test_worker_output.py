@@ -109,3 +109,13 @@ def test_records_of_logging_keep_their_level_and_their_lines(pipe: Pipe) -> None
 def test_junk_is_text(pipe: Pipe, junk: bytes) -> None:
     pipe.prints(junk + b"\n" + b"\x1e" + b"9" * 100 + b"\n")
     assert pipe.prints(b"\x1e1\nfine\n") == [("one", "fine")]
+
+
+def test_a_record_separator_that_a_task_prints_is_text(pipe: Pipe) -> None:
+    """As in sequences of JSON texts (RFC 7464)."""
+    line = '\x1e{"a": 1}'
+    assert pipe.prints(b"\x1e1\n" + 2 * f"{line}\n".encode()) == [("one", line)] * 2
+    assert pipe.prints(f"{line}\x1e2\nother\n".encode()) == [("one", line), ("two", "other")]
+    pipe.prints(f"{line}\n".encode() * (BUDGET_BYTES // 100))
+    assert pipe.budget.spent
+    assert pipe.prints(b"next\n", now=1_000) == [("two", "next")]
