@@ -44,7 +44,6 @@ TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is ended, and reported within t
 LATE_ROUND_S = 0.5
 STUCK_AFTER_S = 60.0  # longer than a slot may take to end what must end
 MB = 2**20
-MAX_UNTAKEN = 10_000  # a broker that takes no results gives no work
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +232,7 @@ class Pool:
 
     def _offer(self, link: Link) -> Offer | None:
         """The credit for one link's broker. What comes too much all the same is handed back when it waits."""
-        takes_work = not self._backlog.closed and self._backlog.untaken_count < MAX_UNTAKEN
+        takes_work = not self._backlog.closed and not (link.account and link.account.is_full)
         usable = sum(slot.health == "warm" for slot in self.slots) if takes_work else 0
         held = self._backlog.jobs_count - self.async_part.held
         plain = Room(usable + self._prefetch() if usable else 0, held, max(usable - held, 0))
@@ -257,7 +256,7 @@ class Pool:
 
         `is_async`: for tasks of this kind; None: nobody knows the kind of the next one before it is here.
         """
-        if self._backlog.closed or self._backlog.untaken_count >= MAX_UNTAKEN:
+        if self._backlog.closed:
             return 0
         held = self._backlog.jobs_count - self.async_part.held
         plain = sum(slot.health == "warm" for slot in self.slots) - held

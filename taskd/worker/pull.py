@@ -97,7 +97,9 @@ class PullLink(PlainLink):
 
     def wants_more(self) -> bool:
         """Whether it would fetch if it had a slot."""
-        if not self._is_reached or self._backlog.closed or self._under_way >= self._width:
+        if not self._is_reached or self._backlog.closed or self.account.is_full:
+            return False
+        if self._under_way >= self._width:
             return False
         return trio.current_time() >= max(self._idle_until, self._fetching.until)
 

@@ -121,7 +121,7 @@ class PushLink(PlainLink):
             change = self._change
             if self._backlog.closed:
                 raise Refused("UNAVAILABLE", "the worker is stopping; push to another one")
-            if self._free_slots(is_async) > 0:
+            if self._free_slots(is_async) > 0 and not self.account.is_full:
                 return
             await change.wait()
 

@@ -25,6 +25,7 @@ from taskd.wire.frames import (
 MAX_RESULTS_PER_FRAME = 1_024
 MAX_RESULT_BYTES_PER_FRAME = 1_000_000
 REMEMBERED_HAND_BACKS = 1_024
+MAX_UNTAKEN = 10_000  # a store that takes no results gives no work
 DEFAULT_DEADLINE_MS = 10_000  # of an activation that names none (contract: namespaces' default)
 
 
@@ -126,6 +127,11 @@ class Account:
         self._back[job.lease] = None
 
     # ---- what links do
+
+    @property
+    def is_full(self) -> bool:
+        """The store takes no results, so nothing more is to be run for it."""
+        return len(self.untaken) >= MAX_UNTAKEN
 
     @property
     def holding(self) -> tuple[LeaseRef, ...]:

@@ -25,6 +25,7 @@ from taskd.worker import entry_pipe as pipe
 from taskd.worker.backlog import Backlog
 from taskd.worker.child import Child, ChildGone, Piece, Spawner
 from taskd.worker.ladder import Graces, Ladder, Step
+from taskd.worker.output import nobody
 from taskd.worker.pace import Pace
 from taskd.worker.results import Job
 
@@ -196,6 +197,7 @@ class Slot:
         finally:
             if self._inside:
                 child.kill()  # cancelled while a task runs; its lease will end
+            child.whose = nobody  # it may print while it leaves, and then its successor is at work here
             self._child = None
         return self._retired or self.ended_count > ended_before
 

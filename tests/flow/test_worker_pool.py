@@ -17,6 +17,7 @@ from taskd.config.schema import PoolSection
 from taskd.errors import PeerUnavailable, StartupError
 from taskd.wire import frames
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
+from taskd.worker import results
 from taskd.worker.child import Child, ChildGone, Piece
 from taskd.worker.output import nobody
 from taskd.worker.pool import Pool, run_pool
@@ -931,3 +932,36 @@ async def test_a_pool_is_stuck_when_no_slot_ends_what_must_end(autojump_clock: M
         assert it.pool.stuck() == "", "it has its deadline and its graces"
         await trio.sleep(20)
         assert "every slot is overdue" in it.pool.stuck()
+
+
+async def test_what_a_child_prints_while_it_leaves_is_not_of_the_task_of_its_successor(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1, max_tasks_per_child=1, spare_children=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a"))
+        await broker.until(lambda: bool(broker.results))
+        broker.tell(work("b", task="9"))
+        await broker.until(lambda: len(broker.started) == 2)
+        first, second = (child for child in it.spawner.children if child.started)
+        assert [second.whose(number) for number in (0, 1)] == ["b", "b"]
+        assert [first.whose(number) for number in (0, 1)] == [None, None]
+
+
+async def test_a_broker_that_takes_no_results_keeps_no_work_of_others_away(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "MAX_UNTAKEN", 5)
+    async with running(brokers=("deaf:1", "good:1"), slots=2) as it:
+        deaf = await it.network.accept("one", "deaf:1")
+        good = await it.network.accept("two", "good:1")
+        for number in range(5):
+            await deaf.until(lambda n=number: deaf.credit > n)  # type: ignore[misc]
+            deaf.tell(work(f"d{number}"))
+        await deaf.until(lambda: len(deaf.results) == 5)
+        given = good.credit
+        for number in range(given):
+            good.tell(work(f"g{number}"))
+        await good.until(lambda: good.credit > given)
+        await trio.sleep(10)
+        assert deaf.credit == 5, "it gets none"
