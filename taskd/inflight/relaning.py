@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-import apsw
-
 from taskd.activation.lifecycle import HELD, WAITING, Status
 from taskd.clock import Now
+from taskd.errors import StoreError
 from taskd.inflight.limits import LanedTask, Limits
 from taskd.inflight.sqlite import SqliteStore
 
@@ -36,8 +35,9 @@ class Relaning:
         self._store = store
         self._after_row: int | None = None  # None: nothing is to be moved
         self._begin()
-        with suppress(apsw.Error):  # a full disk: the first round says so
-            self._note_begun()
+        if self._after_row == 0:
+            with suppress(StoreError):  # a full disk: the first round says so
+                store.apply([self._note_begun])
 
     @property
     def is_due(self) -> bool:

@@ -164,11 +164,11 @@ async def test_what_was_parked_comes_back_when_nothing_is_parked_any_more(
 ) -> None:
     async with connected(broker, KNOWN):
         await produce(broker, "x", taskname="other")
-        duty = parking_duty(
-            broker.inflight, None, Roster(broker.clock), limit=9, every_s=lambda: 1.0, parks_unknown=False
-        )
-        assert await duty.round() == 1
-        assert await status(broker, "x") is Status.PENDING
+    duty = parking_duty(
+        broker.inflight, None, Roster(broker.clock), limit=9, every_s=lambda: 1.0, parks_unknown=False
+    )
+    assert await duty.round() == 1
+    assert await status(broker, "x") is Status.PENDING
 
 
 async def test_a_long_queue_of_what_others_know_is_passed_over_in_steps(
