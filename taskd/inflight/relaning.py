@@ -35,9 +35,8 @@ class Relaning:
         self._store = store
         self._after_row: int | None = None  # None: nothing is to be moved
         self._begin()
-        if self._after_row == 0:
-            with suppress(StoreError):  # a full disk: the first round says so
-                store.apply([self._note_begun])
+        with suppress(StoreError):  # a full disk: the first round says so
+            store.apply([self._note_begun])
 
     @property
     def is_due(self) -> bool:
