@@ -24,6 +24,7 @@ from taskd.wire.frames import (
     Draining,
     Heartbeat,
     Hello,
+    Results,
     Stop,
     Taken,
     TaskName,
@@ -34,6 +35,7 @@ from taskd.wire.frames import (
 )
 from taskd.worker.backlog import Backlog
 from taskd.worker.credit import Offer, StreamCredit
+from taskd.worker.gather import MANY, Gathering
 from taskd.worker.results import Account
 
 log = structlog.get_logger("taskd.worker")
@@ -97,6 +99,7 @@ class Link:
         self._lease_s = MAX_LEASE_S
         self._sent_at = 0.0
         self._closing = False
+        self._gathering = Gathering()
 
     @property
     def connected(self) -> bool:
@@ -228,7 +231,7 @@ class Link:
             self._backlog.lapse(self.account)
         self.account.lease_until = self._sent_at + self._lease_s
         self.account.max_deadline_s = welcome.max_deadline_ms / 1000 or None
-        self.state, self.credit = "working", StreamCredit()
+        self.state, self.credit, self._gathering = "working", StreamCredit(), Gathering()
         log.info("broker connected", address=self.address, store_id=welcome.store_id)
         self._on_change()
         return self.account
@@ -245,6 +248,7 @@ class Link:
                         self._on_change()  # what it gave back is free for others
                 case Taken(leases):
                     account.taken(leases)
+                    self._gathering.answered()
                     self._on_change()
                 case Draining():
                     self.state = "draining"
@@ -255,7 +259,7 @@ class Link:
                     raise Undecodable(f"{self.address} sent a second welcome")
 
     async def _send_news(self, stream: ClientStream, account: Account) -> None:
-        """Send what there is at once, and a heartbeat every quarter of a lease without."""
+        """Send what there is, and a heartbeat every quarter of a lease without."""
         while True:
             self._check_lease(account)
             self._wake = trio.Event()
@@ -264,8 +268,11 @@ class Link:
                 await stream.finish()
                 return
             if not frames:
-                with trio.move_on_at(self._sent_at + self._lease_s / 4):
+                beat_at = self._sent_at + self._lease_s / 4
+                with trio.move_on_at(min(self._news_at(account, trio.current_time()), beat_at)):
                     await self._wake.wait()
+                    continue
+                if trio.current_time() < beat_at:
                     continue
                 frames = [Heartbeat()]
             for frame in frames:
@@ -274,10 +281,36 @@ class Link:
                 self._on_change()  # a drain waits for what was just sent
 
     def _frames(self, account: Account) -> list[WorkerFrame]:
-        frames = account.news()
+        frames: list[WorkerFrame] = []
+        now = trio.current_time()
+        if self._news_at(account, now) <= now:
+            hurry, gathering, count = self._hurries, self._gathering, account.unsent_results
+            frames = account.news(
+                starts=hurry or (count < MANY and gathering.starts_until(now) <= now),
+                results=hurry or gathering.until(count, now) <= now,
+            )
+            for frame in frames:
+                if isinstance(frame, Results):
+                    gathering.sent(len(frame.results), now)
         if self.state == "working" and (offer := self._offer(self)) is not None:
             frames.append(self.credit.offer(offer.more, offer.idle, offer.kind))
         return frames
+
+    @property
+    def _hurries(self) -> bool:
+        """On its way out: nothing waits for other news."""
+        return self._closing or self._backlog.closed
+
+    def _news_at(self, account: Account, now: float) -> float:
+        """When what there is to tell is to be told; inf: there is nothing."""
+        if account.urgent or (self._hurries and account.has_news):
+            return now
+        at = float("inf")
+        if count := account.unsent_results:
+            at = self._gathering.until(count, now)
+        if account.unsent_starts and count < MANY:
+            at = min(at, self._gathering.starts_until(now))
+        return at
 
     def _check_lease(self, account: Account) -> None:
         """End a connection on which this worker was silent for a whole lease, such as when it was frozen.

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 PREFETCH_S = 0.05  # work to keep waiting in the worker, per slot: covers the way to the broker and back
 AHEAD_S = 0.02  # work to keep waiting inside a child: covers the way between two processes
-MAX_AHEAD = 64
+MAX_AHEAD = 256
+LINGER_S = 0.003  # longest time for reports of quick tasks to gather in the pipe of their child
+AROUND_S = 3e-5  # what a child needs around each task
 WEIGHT = 0.2  # of the newest duration in the average; forty quick tasks forget a slow one
 SHORTEST_S = 1e-6
+FEW = 8
 
 
 class Pace:
@@ -39,3 +42,12 @@ class Pace:
         if self.average_s is None:
             return 0
         return min(int(AHEAD_S / max(self.average_s, SHORTEST_S)), MAX_AHEAD)
+
+    def linger_s(self, inside_count: int) -> float:
+        """How long to leave a child alone that has so many tasks: it has enough for twice that time.
+
+        Otherwise each task would wake the worker up, for no more than a report or two.
+        """
+        if self.average_s is None or inside_count < FEW:
+            return 0.0
+        return min((self.average_s + AROUND_S) * inside_count / 2, LINGER_S)

@@ -66,6 +66,8 @@ class Account:
     _progress: dict[LeaseRef, TaskProgress] = field(default_factory=dict)  # the newest of each running task
     _progress_unsent: dict[LeaseRef, None] = field(default_factory=dict)
     _results: deque[Result] = field(default_factory=deque)
+    _crashed: bool = False  # a result whose start the broker must have first
+    _kept_back: frozenset[LeaseRef] = frozenset()  # starts that waited once
     _back: dict[LeaseRef, None] = field(default_factory=dict)
     _back_sent: deque[LeaseRef] = field(default_factory=lambda: deque(maxlen=REMEMBERED_HAND_BACKS))
 
@@ -106,6 +108,7 @@ class Account:
         """As `finish`, but the start is told too: the broker judges crashes by the starts it counted."""
         told = job.lease not in self._started and job.lease in self.running
         self.finish(job, result)
+        self._crashed = True
         if not told:
             self._started[job.lease] = None
 
@@ -159,22 +162,46 @@ class Account:
         self._progress_unsent = dict.fromkeys(self._progress)
         self._results = deque(self.untaken.values())
 
-    def news(self) -> list[WorkerFrame]:
-        """Everything there is to tell, as frames in the order they must be sent; it counts as sent."""
+    @property
+    def unsent_results(self) -> int:
+        return len(self._results)
+
+    @property
+    def unsent_starts(self) -> int:
+        return len(self._started)
+
+    @property
+    def urgent(self) -> bool:
+        """Something is to be told that does not wait for other news."""
+        return bool(self._crashed or self._back or self._progress_unsent)
+
+    def news(self, *, starts: bool = True, results: bool = True) -> list[WorkerFrame]:
+        """What there is to tell, as frames in the order they must be sent; it counts as sent.
+
+        `starts` False: of those only the ones that waited once already. `results` False: none.
+        """
         frames: list[WorkerFrame] = []
-        if self._started:
-            frames.append(Started(tuple(self._started)))
-            self._started.clear()
+        if self._started and (told := self._starts(everything=starts or self._crashed)):
+            frames.append(Started(told))
+        results |= self._crashed
         if self._progress_unsent:
             frames.append(Heartbeat(tuple(self._progress[lease] for lease in self._progress_unsent)))
             self._progress_unsent.clear()
-        while self._results:
+        while self._results and results:
             frames.append(Results(self._batch()))
+        self._crashed &= not results
         if self._back:
             frames.append(HandBack(tuple(self._back)))
             self._back_sent.extend(self._back)
             self._back.clear()
         return frames
+
+    def _starts(self, *, everything: bool) -> tuple[LeaseRef, ...]:
+        told = tuple(lease for lease in self._started if everything or lease in self._kept_back)
+        for lease in told:
+            del self._started[lease]
+        self._kept_back = frozenset(self._started)
+        return told
 
     def _batch(self) -> tuple[Result, ...]:
         batch: list[Result] = []

@@ -257,6 +257,8 @@ class Slot:
             self._due = trio.CancelScope(deadline=self._check_at())
             with self._due as due:
                 try:
+                    if self._ladder is None and (linger_s := self._pace.linger_s(len(self._inside))):
+                        await trio.sleep(linger_s)
                     reports = await child.receive()
                 except ChildGone as error:
                     return str(error)

@@ -398,7 +398,7 @@ async def test_quick_tasks_are_fetched_ahead_and_slow_ones_are_not(autojump_cloc
             broker.tell(work(f"q{number}", task="0.0001"))
             await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
             broker.take_all()
-        assert it.pool.statistics().prefetch == 256
+        assert it.pool.statistics().prefetch == 1_000
         broker.tell(work("slow", task="8"))
         await broker.until(lambda: len(broker.results) == 41)
         assert it.pool.statistics().prefetch == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskd.worker.pace import MAX_AHEAD, Pace
+from taskd.worker.pace import LINGER_S, MAX_AHEAD, Pace
 
 
 def paced(*durations_s: float) -> Pace:
@@ -38,3 +38,10 @@ def test_a_task_that_is_still_running_counts_for_what_it_shows() -> None:
 def test_one_slow_task_is_forgotten_after_some_quick_ones() -> None:
     pace = paced(10.0, *[0.0001] * 60)
     assert pace.prefetch([0, 0], 256) > 100
+
+
+def test_reports_of_quick_tasks_gather_while_their_child_has_enough_to_do() -> None:
+    assert Pace().linger_s(100) == 0
+    assert paced(0.00001).linger_s(1) == 0
+    assert 0 < paced(0.00001).linger_s(20) < 20 * 0.00004
+    assert paced(0.00001).linger_s(10_000) == LINGER_S

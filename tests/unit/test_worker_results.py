@@ -166,3 +166,30 @@ def test_the_newest_progress_of_what_runs_is_told_again_after_a_lost_connection(
     account.heartbeat(runs, 0.9, "")
     account.finish(runs, complete("runs"))
     assert account.news() == [Results((complete("runs"),))]
+
+
+def test_a_start_waits_for_the_result_once_and_is_told_then() -> None:
+    account = Account("s")
+    quick, slow = job(account, "quick"), job(account, "slow")
+    account.start(slow)
+    account.start(quick)
+    assert account.news(starts=False) == []
+    account.finish(quick, complete("quick"))
+    assert account.news(starts=False) == [Started((slow.lease,)), Results((complete("quick"),))]
+    assert account.news() == []
+
+
+def test_what_waits_is_told_before_a_crash() -> None:
+    account = Account("s")
+    crashed, other = job(account, "crashed"), job(account, "other")
+    account.start(crashed)
+    account.finish(other, complete("other"))
+    assert account.news(starts=False, results=False) == []
+    assert not account.urgent
+    account.crash(crashed, Result("crashed", 1, ResultStatus.CRASHED))
+    assert account.urgent
+    started, results = account.news(starts=False, results=False)
+    assert started == Started((crashed.lease,))
+    assert isinstance(results, Results)
+    assert [result.id for result in results.results] == ["other", "crashed"]
+    assert not account.urgent

@@ -77,7 +77,7 @@ class DispatchSection(Section):
         default=30, description="a stream lease ends this long after its worker's last frame"
     )
     max_assignments_per_frame: PositiveInt = Field(
-        default=256, description="activations in one frame to a worker"
+        default=1_024, description="activations in one frame to a worker"
     )
     unknown_tasks: Literal["park", "fail"] = Field(
         default="park", description="what no connected worker knows; park: waits for one; fail: is handed out"

@@ -82,7 +82,7 @@ class PoolSection(Section):
         default=1, description="children kept ready, so that replacing one does not cost its start-up"
     )
     max_prefetch: Annotated[int, BeforeValidator(not_a_bool), Field(ge=0)] = Field(
-        default=256, description="most activations waiting in the worker for a slot"
+        default=2_048, description="most activations waiting in the worker for a slot"
     )
     drain_grace_s: GraceSeconds | None = Field(
         default=None,
