@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CLIENT := .venv-client
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml plugins/*/pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: help demo demo-kafka test retest test-kafka torture-rebalance test-all bench check fmt proto clean setup
+.PHONY: help demo demo-kafka test retest test-kafka torture-rebalance test-all bench bench-peers check fmt proto clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ test-all: $(STAMP) $(CLIENT)/.installed ## run the tests and the long ones: kill
 
 bench: $(STAMP) ## measure taskd on this machine: every figure that has a target (ten minutes)
 	@$(BIN)/taskd bench all
+
+bench-peers: $(STAMP) ## measure taskd against Celery, Dramatiq, Taskiq, Huey, RQ, asynq (ten minutes; PEERS="--only rq")
+	@$(BIN)/python tests/peers/run.py $(PEERS)
 
 check: $(STAMP) ## types, lint, format
 	@$(BIN)/ruff check .
