@@ -17,9 +17,14 @@ _kept: list[int] = []
 
 
 def keep_signals() -> None:
-    """From now on SIGINT and SIGTERM are kept, until `taskd.signals.stop_on_signals` takes them over."""
+    """From now on SIGINT and SIGTERM are kept, until `taskd.signals.stop_on_signals` takes them over.
+
+    And children can be waited for, whatever was inherited.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _keep)
+    # Who started us may ignore this one, which is inherited: then the system tells nobody how children end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def kept_signals() -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,17 @@ async def _ends_well(daemon: Daemon, after_s: float) -> None:
     code = await daemon.stopped(signal.SIGINT)
     assert code == 0, f"{daemon}, {after_s:.3f} s after its start:\n{daemon.tail()}"
     assert not [line for line in daemon.lines if "Traceback" in line], daemon.tail()
+
+
+async def test_who_ignores_its_children_can_start_a_worker() -> None:
+    """What is ignored is inherited, and then nobody would be told how a child of the worker ended."""
+    code = (
+        "import os, subprocess, taskd.cli.early as early; early.keep_signals(); "
+        "pid = subprocess.Popen(['true']).pid; print(os.waitid(os.P_PID, pid, os.WEXITED).si_pid == pid)"
+    )
+    ignoring = (
+        f"import os, signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv({sys.executable!r}, "
+    )
+    command = f"{ignoring}{[sys.executable, '-c', code]!r})"
+    ended = await trio.run_process([sys.executable, "-c", command], capture_stdout=True)
+    assert ended.stdout == b"True\n"
