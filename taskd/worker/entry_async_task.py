@@ -117,6 +117,7 @@ class Activity:
         if self._beats is not None:
             self._beats.close()
             self._beats = None
+        entry_run.flush_prints()  # a line without an end would be anybody's
         duration_us = (time.perf_counter_ns() - begin_ns) // 1000
         self._host.done(pipe.Done(self.number, verdict, duration_us, quiet))
 

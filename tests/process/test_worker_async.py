@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from worker_child_calls import activation
 
 from taskd.wire.frames import Assignment, Result, ResultStatus
@@ -252,3 +253,12 @@ async def test_signals_of_others_are_not_for_it() -> None:
         (slow,) = await scene.results("slow")
         assert slow.status is COMPLETE
         assert scene.slot.pids == [pid]
+
+
+async def test_what_a_task_prints_without_ending_the_line_is_its_own() -> None:
+    with capture_logs() as logs:
+        async with open_scene() as scene:
+            for number in range(3):
+                await scene.run(call(f"it{number}", "writes", f"text {number}"))
+    lines = [(line["text"], line["id"]) for line in logs if line["event"] == "task output"]
+    assert lines == [(f"text {number}", f"it{number}") for number in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -133,3 +134,9 @@ async def beats(times: int) -> None:
     for number in range(times):
         await trio.sleep(0.3)
         task.heartbeat(progress=(number + 1) / times, message=f"{number + 1} of {times}")
+
+
+@tests.register("writes")
+async def writes(text: str) -> None:
+    sys.stdout.write(text)
+    await trio.lowlevel.checkpoint()
