@@ -287,6 +287,8 @@ class Slot:
         now = trio.current_time()
         if self._ladder is not None:
             self._ladder.climb(now)
+        elif not self._inside:
+            return  # what it was to begin was taken back
         elif self._running is None:
             # It hangs between two tasks. What follows is the same as after a crash.
             self._since = float("inf")

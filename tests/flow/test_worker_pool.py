@@ -965,3 +965,19 @@ async def test_a_broker_that_takes_no_results_keeps_no_work_of_others_away(
         await good.until(lambda: good.credit > given)
         await trio.sleep(10)
         assert deaf.credit == 5, "it gets none"
+
+
+async def test_an_idle_child_whose_work_was_taken_back_is_left_alone(autojump_clock: MockClock) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        (child,) = it.spawner.children
+
+        async def arrives_late(work: Sequence[Piece]) -> None:
+            child.take_back = lambda: len(work)  # type: ignore[method-assign]
+            broker.tell(frames.Stop((LeaseRef("a", 1),)))
+
+        child.send = arrives_late  # type: ignore[method-assign]
+        broker.tell(work("a"))
+        await trio.sleep(60)
+        assert it.pool.statistics().in_children == 0
+        assert not child.killed
