@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import groupby
 
 from taskd.activation.lifecycle import Event, Status, after
 from taskd.activation.switches import Gate
@@ -25,10 +25,16 @@ class Arrivals:
 
     def insert(self, arrivals: Sequence[Arrival], now: Now) -> Inserted:
         """Store what is not known yet. Ids that are known, finished ones included, are passed over."""
-        events = [self._insert(arrival, now) for arrival in arrivals]
+        events: list[Event | None] = []
+        coming = (self._coming(arrival, now) for arrival in arrivals)
+        for why_over, group in groupby(coming, _why_over):
+            together = list(group)
+            found = self._insert(together, now)
+            if why_over:
+                self._discard(together, found, why_over, now)
+            events += found
         results = Counter(events)
-        new = [arrival for arrival, event in zip(arrivals, events, strict=True) if event is not None]
-        max_delay_ms = self._store.policy.max_delay_ms
+        delayed = [a for a, event in zip(arrivals, events, strict=True) if event is not None and a.delay_s]
         return Inserted(
             pending=results[Event.ARRIVED],
             delayed=results[Event.ARRIVED_DELAYED],
@@ -37,61 +43,99 @@ class Arrivals:
             undecodable=results[Event.ARRIVED_UNDECODABLE],
             dropped=results[Event.ARRIVED_DROPPED],
             forwarded=results[Event.ARRIVED_FORWARDED],
-            shortened=tuple(
-                arrival.id
-                for arrival in new
-                if arrival.delay_s and _shortened(arrival.delay_s, max_delay_ms) < arrival.delay_s * 1000
-            ),
+            shortened=tuple(a.id for a in delayed if self._is_shortened(a)),
             beyond_expiry=tuple(
-                arrival.id
-                for arrival in new
-                if arrival.delay_s and arrival.expires_s is not None and arrival.delay_s >= arrival.expires_s
+                a.id
+                for a in delayed
+                if a.expires_s is not None and a.delay_s is not None and a.delay_s >= a.expires_s
             ),
         )
 
-    def _insert(self, arrival: Arrival, now: Now) -> Event | None:
-        """How it arrived; None when it is known."""
+    def _is_shortened(self, arrival: Arrival) -> bool:
+        return _delay_ms(arrival, self._store.policy) < (arrival.delay_s or 0) * 1000
+
+    def _coming(self, arrival: Arrival, now: Now) -> _Coming:
         store = self._store
-        times = _times(arrival, now, store.policy)
-        lane = store.lane_of(arrival.application, arrival.namespace, arrival.taskname)
-        event = _arrives_as(arrival, times, store.gate(lane), now)
-        status = after(None, event)
-        store.run(
-            "insert",
+        received_at_ms = arrival.received_at_ms
+        if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
+            received_at_ms = now.wall_ms
+        expires_at_ms = None if arrival.expires_s is None else received_at_ms + arrival.expires_s * 1000
+        due_at_ms = received_at_ms + (_delay_ms(arrival, store.policy) if arrival.delay_s else 0)
+        gate = store.board.gate(arrival.application, arrival.namespace)
+        event = _arrives_as(arrival, due_at_ms, expires_at_ms, gate, now)
+        values = (
             arrival.id,
-            status,
-            lane.number,
-            store.next_seq(),
             arrival.taskname,
             arrival.topic,
             arrival.partition,
             arrival.offset,
             arrival.record_key,
             arrival.activation,
-            times.received_at_ms,
+            received_at_ms,
             now.wall_ms,
-            times.due_at_ms,
-            times.expires_at_ms,
-            times.deadline_ms,
+            due_at_ms,
+            expires_at_ms,
+            _deadline_ms(arrival, store.policy),
             arrival.attempts,
             arrival.dead_letter,
             arrival.at_most_once,
-            _REASONS.get(event),
             arrival.undecodable or None,
         )
-        if store.db.changes() == 0:
-            store.drop_lane_if_empty(lane.number)
-            return None
-        row = store.db.last_insert_rowid()
-        store.move(row, lane.number, None, event)
-        store.measure("received_to_stored", now.wall_ms - times.received_at_ms)
-        over = KILLED if event is Event.ARRIVED_DROPPED else ""
-        if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter:
-            over = "expired"
-        if over:
-            store.discard(over)
-            self._departures.finish(row, lane.number, status, now, reason=over)
-        return event
+        return arrival, received_at_ms, event, values
+
+    def _insert(self, coming: Sequence[_Coming], now: Now) -> list[Event | None]:
+        """How each arrived; None: it is known."""
+        store = self._store
+        events = [event for _, _, event, _ in coming]
+        lanes = [store.lane_of(a.application, a.namespace, a.taskname).number for a, *_ in coming]
+        stored_as = {event: (after(None, event), _REASONS.get(event)) for event in set(events)}
+        last_row = store.one("last_row")[0] or 0
+        count = store.run_many(
+            "insert",
+            [
+                (*values, *stored_as[event], lane, seq)
+                for (_, _, event, values), lane, seq in zip(
+                    coming, lanes, store.next_seqs(len(coming)), strict=True
+                )
+            ],
+        )
+        if count == len(coming):
+            rows: Sequence[int | None] = range(last_row + 1, last_row + 1 + count)
+            received_at_ms = [at_ms for _, at_ms, _, _ in coming]
+        else:
+            rows = self._new_rows(coming, last_row)
+            received_at_ms = [at_ms for (_, at_ms, _, _), row in zip(coming, rows, strict=True) if row]
+        moved: defaultdict[tuple[int, Event], list[int]] = defaultdict(list)
+        for lane, event, row in zip(lanes, events, rows, strict=True):
+            if row is not None:
+                moved[lane, event].append(row)
+        for (lane, event), its in moved.items():
+            store.move_all(its, lane, None, event)
+        for lane in set(lanes):
+            store.drop_lane_if_empty(lane)
+        store.measure_since("received_to_stored", received_at_ms, now)
+        return [None if row is None else event for event, row in zip(events, rows, strict=True)]
+
+    def _new_rows(self, coming: Sequence[_Coming], last_row: int) -> list[int | None]:
+        """The row of each that is new, where some are known, or come twice: rows are numbered upwards."""
+        rows: list[int | None] = []
+        seen: set[int] = set()
+        for arrival, *_ in coming:
+            row = self._store.one("row_of", arrival.id)[0]
+            is_new = row > last_row and row not in seen
+            seen.add(row)
+            rows.append(row if is_new else None)
+        return rows
+
+    def _discard(
+        self, coming: Sequence[_Coming], events: Sequence[Event | None], reason: str, now: Now
+    ) -> None:
+        """Nothing follows these, and they never run: keep their ids only."""
+        for (arrival, *_), event in zip(coming, events, strict=True):
+            if event is not None:
+                row, lane = self._store.one("row_of", arrival.id)
+                self._store.discard(reason)
+                self._departures.finish(row, lane, after(None, event), now, reason=reason)
 
     def become_due(self, limit: int, now: Now) -> int:
         """Move delayed rows whose time has come to the end of their lanes. Returns how many."""
@@ -118,44 +162,41 @@ _REASONS = {
 }
 
 
-class _Times(NamedTuple):
-    """Of one arrival, in milliseconds; `*_at_ms` on the wall clock."""
-
-    received_at_ms: int
-    due_at_ms: int
-    expires_at_ms: int | None
-    deadline_ms: int
+# The arrival, when it counts as received, what is to become of it, and the values of its row but for lane and
+# order. No class: one is made for each record.
+_Coming = tuple[Arrival, int, Event, tuple[object, ...]]
 
 
-def _times(arrival: Arrival, now: Now, policy: Policy) -> _Times:
-    received_at_ms = arrival.received_at_ms
-    if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
-        received_at_ms = now.wall_ms
-    deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
-    if policy.max_processing_deadline_ms is not None:
-        deadline_ms = min(deadline_ms, policy.max_processing_deadline_ms)
-    return _Times(
-        received_at_ms,
-        received_at_ms + _shortened(arrival.delay_s, policy.max_delay_ms),
-        None if arrival.expires_s is None else received_at_ms + arrival.expires_s * 1000,
-        deadline_ms,
-    )
+def _why_over(coming: _Coming) -> str:
+    """Why it is gone at once; empty: it is not."""
+    arrival, _, event, _ = coming
+    if event is Event.ARRIVED_DROPPED:
+        return KILLED
+    return "expired" if event is Event.ARRIVED_EXPIRED and not arrival.dead_letter else ""
 
 
-def _arrives_as(arrival: Arrival, times: _Times, gate: Gate, now: Now) -> Event:
+def _arrives_as(arrival: Arrival, due_at_ms: int, expires_at_ms: int | None, gate: Gate, now: Now) -> Event:
     if arrival.undecodable:
         return Event.ARRIVED_UNDECODABLE
     if gate.kills and killed_by(gate, arrival.taskname, arrival.activation):
         return Event.ARRIVED_DROPPED
-    if times.expires_at_ms is not None and times.expires_at_ms <= now.wall_ms and now.may_expire:
+    if expires_at_ms is not None and expires_at_ms <= now.wall_ms and now.may_expire:
         return Event.ARRIVED_EXPIRED
     if gate.demoted:
         return Event.ARRIVED_FORWARDED
-    if arrival.delay_s and times.due_at_ms > now.wall_ms:  # a producer's clock ahead of ours is no delay
+    if arrival.delay_s and due_at_ms > now.wall_ms:  # a producer's clock ahead of ours is no delay
         return Event.ARRIVED_DELAYED
     return Event.ARRIVED
 
 
-def _shortened(delay_s: int | None, max_delay_ms: int | None) -> int:
-    delay_ms = (delay_s or 0) * 1000
-    return delay_ms if max_delay_ms is None else min(delay_ms, max_delay_ms)
+def _deadline_ms(arrival: Arrival, policy: Policy) -> int:
+    deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
+    most_ms = policy.max_processing_deadline_ms
+    return deadline_ms if most_ms is None or deadline_ms < most_ms else most_ms
+
+
+def _delay_ms(arrival: Arrival, policy: Policy) -> int:
+    if not arrival.delay_s:
+        return 0
+    delay_ms = arrival.delay_s * 1000
+    return delay_ms if policy.max_delay_ms is None else min(delay_ms, policy.max_delay_ms)

@@ -46,11 +46,17 @@ ON CONFLICT (lane, status) DO UPDATE SET count = excluded.count
 SELECT lane, status, count(*) FROM inflight GROUP BY lane, status
 
 -- name: insert
-INSERT INTO inflight (id, status, lane, seq, taskname, topic, partition, offset, record_key, activation,
-  received_at_ms, stored_at_ms, due_at_ms, expires_at_ms, deadline_ms, retry_attempts, dead_letter,
-  at_most_once, reason, error)
+INSERT INTO inflight (id, taskname, topic, partition, offset, record_key, activation, received_at_ms,
+  stored_at_ms, due_at_ms, expires_at_ms, deadline_ms, retry_attempts, dead_letter, at_most_once, error,
+  status, reason, lane, seq)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO NOTHING
+
+-- name: last_row
+SELECT max(row) FROM inflight
+
+-- name: row_of
+SELECT row, lane FROM inflight WHERE id = ?
 
 -- name: waiting_in_lane
 SELECT row, id, activation, deadline_ms, expires_at_ms, at_most_once, dead_letter, received_at_ms, taskname
