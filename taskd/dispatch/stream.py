@@ -6,6 +6,7 @@ started and what became of it. Every frame of the worker keeps its leases alive.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import structlog
@@ -345,16 +346,18 @@ class Session:
     async def _results(self, results: tuple[frames.Result, ...]) -> None:
         try:
             verdicts = await self._inflight.report([_report(result) for result in results])
-            late: list[str] = []
-            for result, verdict in zip(results, verdicts, strict=True):
-                metrics.results.labels("stream", result.status.name.lower()).inc()
-                if verdict is not Verdict.APPLIED:
-                    late.append(result.id)
-            if late:
+            for status, count in Counter(result.status for result in results).items():
+                metrics.results.labels("stream", status.name.lower()).inc(count)
+            if verdicts.count(Verdict.APPLIED) < len(verdicts):
+                late = [
+                    result.id
+                    for result, verdict in zip(results, verdicts, strict=True)
+                    if verdict is not Verdict.APPLIED
+                ]
                 metrics.superseded_results.inc(len(late))
                 worker = self._hello.worker_id
                 log.info("late results refused", worker=worker, count=len(late), ids=late[:NAMED_AT_MOST])
-            await self._send(frames.Taken(tuple(result.lease for result in results)))
+            await self._send(frames.Taken(tuple(LeaseRef(*result[:2]) for result in results)))
         finally:
             self._in_work.release()
 
@@ -368,12 +371,5 @@ def _assignment(lease: Lease) -> frames.Assignment:
 
 
 def _report(result: frames.Result) -> Report:
-    return Report(
-        id=result.id,
-        fence=result.fence,
-        status=_REPORT_STATUSES[result.status],
-        reason=result.reason,
-        error=result.error,
-        max_attempts=result.max_attempts,
-        delay_on_retry_s=result.delay_on_retry_s,
-    )
+    id_, fence, status, reason, error, max_attempts, delay_s = result
+    return Report(id_, fence, _REPORT_STATUSES[status], reason, error, max_attempts, delay_s)

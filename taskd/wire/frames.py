@@ -13,7 +13,16 @@ from typing import NamedTuple, TypeVar
 
 from taskd.errors import Undecodable
 from taskd.wire.envelope import MAX_DURATION_S, UINT32_MAX
-from taskd.wire.protobuf import LENGTH, VARINT, bytes_field, fields, text_field, varint, varint_field
+from taskd.wire.protobuf import (
+    LENGTH,
+    VARINT,
+    bytes_field,
+    fields,
+    read_varint,
+    text_field,
+    varint,
+    varint_field,
+)
 
 VERSION = 1  # of the stream; hello carries the range a worker speaks
 
@@ -87,8 +96,7 @@ class Started:
     leases: tuple[LeaseRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What became of one lease. `delay_on_retry_s` in seconds."""
 
     id: str
@@ -142,8 +150,7 @@ class Welcome:
     max_deadline_ms: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """One activation handed out. Durations in milliseconds, counted from the frame's arrival."""
 
     id: str
@@ -259,7 +266,7 @@ def _string(number: int, value: str) -> bytes:
 
 def _lease(id_: str, fence: int) -> bytes:
     text = id_.encode()
-    return b"\x0a" + varint(len(text)) + text + b"\x10" + varint(fence)
+    return b"\x0a%b%b\x10%b" % (varint(len(text)), text, varint(fence))
 
 
 def _leases(leases: Iterable[LeaseRef], number: int = 1) -> bytes:
@@ -267,8 +274,26 @@ def _leases(leases: Iterable[LeaseRef], number: int = 1) -> bytes:
 
 
 def _read_lease(raw: bytes) -> LeaseRef:
+    id_, fence, behind = _usual_lease(raw)
+    if behind == len(raw):
+        return LeaseRef(id_, fence)
     values = _values(raw)
     return LeaseRef(_str(values, 1), _int(values, 2))
+
+
+def _usual_lease(raw: bytes) -> tuple[str, int, int]:
+    """Id and fence as our encoder writes them, at the beginning of a message, and the position behind them.
+
+    That is 0 for whatever is written otherwise, which is to be read field by field.
+    """
+    try:
+        behind_id = 2 + raw[1]
+        if raw[0] == 0x0A and raw[1] < 0x80 and raw[behind_id] == 0x10:
+            fence, behind = read_varint(raw, behind_id + 1, len(raw))
+            return raw[2:behind_id].decode(), fence, behind
+    except (IndexError, Undecodable, UnicodeDecodeError):
+        pass
+    return "", 0, 0
 
 
 def _read_leases(raw: bytes, number: int = 1) -> tuple[LeaseRef, ...]:
@@ -335,6 +360,8 @@ def _read_progress(raw: bytes) -> TaskProgress:
 
 
 def _result(result: Result) -> bytes:
+    if result[3:] == PLAIN_END:
+        return b"%b\x18%b" % (_lease(result.id, result.fence), varint(result.status))
     return (
         _lease(result.id, result.fence)
         + _number(3, result.status)
@@ -346,14 +373,17 @@ def _result(result: Result) -> bytes:
 
 
 def _read_result(raw: bytes) -> Result:
+    id_, fence, behind = _usual_lease(raw)
+    if behind and len(raw) == behind + 2 and raw[behind] == 0x18 and (status := _STATUSES.get(raw[-1])):
+        return Result(id_, fence, status)
     values = _values(raw)
     number = _uint32(values, 3)
-    if number not in _RESULT_STATUSES:
+    if number not in _STATUSES:
         raise Undecodable(f"a result has status {number}; expected 1 to 5")
     return Result(
         id=_str(values, 1),
         fence=_int(values, 2),
-        status=ResultStatus(number),
+        status=_STATUSES[number],
         reason=_str(values, 4),
         error=_str(values, 5),
         max_attempts=_uint32(values, 6) if 6 in values else None,
@@ -361,19 +391,43 @@ def _read_result(raw: bytes) -> Result:
     )
 
 
-_RESULT_STATUSES = frozenset(status.value for status in ResultStatus) - {0}
+_STATUSES = {status.value: status for status in ResultStatus if status}
+PLAIN_END = Result("", 0, ResultStatus.COMPLETE)[3:]  # of a result that says no more than its status
 
 
 def _assignment(item: Assignment) -> bytes:
-    return (
-        _lease(item.id, item.fence)
-        + bytes_field(3, item.activation)
-        + _number(4, item.processing_deadline_ms)
-        + _optional(5, item.expires_in_ms)
+    id_, fence, activation, deadline_ms, expires_in_ms = item
+    return b"%b\x1a%b%b%b%b" % (
+        _lease(id_, fence),
+        varint(len(activation)),
+        activation,
+        _number(4, deadline_ms),
+        _optional(5, expires_in_ms),
     )
 
 
 def _read_assignment(raw: bytes) -> Assignment:
+    return _usual_assignment(raw) or _any_assignment(raw)
+
+
+def _usual_assignment(raw: bytes) -> Assignment | None:
+    """As our encoder writes one that does not expire; None: another one, or none at all."""
+    id_, fence, behind = _usual_lease(raw)
+    stop = len(raw)
+    try:
+        if not behind or raw[behind] != 0x1A:
+            return None
+        size, begin = read_varint(raw, behind + 1, stop)
+        end = begin + size
+        if raw[end] != 0x20:
+            return None
+        deadline_ms, behind = read_varint(raw, end + 1, stop)
+    except (IndexError, Undecodable):
+        return None
+    return Assignment(id_, fence, raw[begin:end], deadline_ms) if behind == stop else None
+
+
+def _any_assignment(raw: bytes) -> Assignment:
     values = _values(raw)
     activation = values.get(3, b"")
     if not isinstance(activation, bytes):
@@ -402,7 +456,14 @@ def _read_welcome(raw: bytes) -> Welcome:
 
 
 def _read_assignments(raw: bytes) -> Assignments:
-    return Assignments(tuple(_read_assignment(chunk) for chunk in _repeated(raw, 1)), _int(_values(raw), 2))
+    items: list[Assignment] = []
+    others: dict[int, int | bytes] = {}
+    for number, wire_type, value, _, _ in fields(raw):
+        if number == 1 and wire_type == LENGTH and isinstance(value, bytes):
+            items.append(_read_assignment(value))
+        elif wire_type in (VARINT, LENGTH):
+            others[number] = value
+    return Assignments(tuple(items), _int(others, 2))
 
 
 def _read_stop(raw: bytes) -> Stop:

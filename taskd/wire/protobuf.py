@@ -12,6 +12,7 @@ from taskd.errors import Undecodable
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 UINT64_MAX = 2**64 - 1
+ONE_BYTE = tuple(bytes((value,)) for value in range(0x80))
 
 Field = tuple[int, int, "int | bytes", int, int]
 
@@ -92,7 +93,11 @@ def read_varint(raw: bytes, position: int, stop: int) -> tuple[int, int]:
 def varint(value: int) -> bytes:
     """`value`, 0 to 2**64 - 1, as a varint."""
     if value < 0x80:
-        return bytes((value,))
+        return ONE_BYTE[value]
+    if value < 0x4000:
+        return bytes((value & 0x7F | 0x80, value >> 7))
+    if value < 0x200000:
+        return bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
 from typing import ClassVar, Protocol
 
 import structlog
@@ -82,7 +81,7 @@ class PlainAccount(Account):
 
     def crash(self, job: Job, result: Result) -> None:
         """There is no such status. No policy allows a crash, so it is the failure it would be there."""
-        self.finish(job, replace(result, status=ResultStatus.FAILURE))
+        self.finish(job, result._replace(status=ResultStatus.FAILURE))
 
     def hand_back(self, job: Job) -> None:
         """It cannot be: the broker finds out by the deadline."""

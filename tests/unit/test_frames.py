@@ -271,3 +271,22 @@ def test_mutated_and_truncated_frames(raw: bytes, mutations: list[tuple[int, int
         mutated[position % len(mutated)] = byte
     attempt(bytes(mutated))
     attempt(bytes(mutated[: length % len(mutated)]))
+
+
+@given(
+    st.sampled_from(["", "a", "å" * 40, "x" * 127, "x" * 128]),
+    st.sampled_from([0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, 2**64 - 1]),
+    st.binary(max_size=200),
+    st.integers(0, 2**40),
+    st.none() | st.integers(0, 2**20),
+    st.binary(max_size=3),
+)
+def test_the_short_way_of_reading_reads_the_same(
+    id_: str, fence: int, activation: bytes, deadline_ms: int, expires_in_ms: int | None, more: bytes
+) -> None:
+    item = frames.Assignment(id_, fence, activation, deadline_ms, expires_in_ms)
+    assert frames._read_assignment(frames._assignment(item)) == item
+    assert frames._read_lease(frames._lease(id_, fence)) == item.lease
+    for raw in (frames._assignment(item) + more, frames._assignment(item)[: -len(more) or None]):
+        short = frames._usual_assignment(raw)
+        assert short is None or short == frames._any_assignment(raw)
