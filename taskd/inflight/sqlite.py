@@ -384,6 +384,7 @@ class SqliteStore:
         self._by_name.pop((lane.application, lane.namespace, lane.taskname), None)
         self.lanes_version += 1
         self.limits.detach(lane)
+        self.passed.pop(lane.number, None)
 
     # ---- limits
 

@@ -245,6 +245,22 @@ async def test_a_worker_that_does_not_know_the_task_does_not_look_at_its_rows(op
         assert len(await claim(store, knows=both, known_to_any=both)) == 9
 
 
+async def test_what_claims_remember_of_a_lane_goes_with_it(opened: Opener, clock: FixedClock) -> None:
+    async with opened() as store:
+        spaces = [f"made-up-{number}" for number in range(5)]
+        for space in spaces:
+            await put(store, space, taskname="slow", namespace=space, expires_s=1)
+        quick = known_tasks([("shop", space, "task") for space in spaces])
+        both = known_tasks([("shop", space, name) for space in spaces for name in ("task", "slow")])
+        assert await claim(store, knows=quick, known_to_any=both) == []
+        assert len(store._store.passed) == 5
+        clock.advance(2)
+        await store.expire(5)
+        await store.settle([Settlement(row.id) for row in await store.leaving(5)])
+        assert await store.forget(0, 0, 5) == 5
+        assert store._store.passed == {}
+
+
 async def test_whoever_asks_is_told_which_limits_hold_a_row_back(opened: Opener, clock: FixedClock) -> None:
     rules = (task_limit("slow", 1), namespace_limit(2), task_limit("rated", None, Rate(1, 60_000)))
     async with opened(*rules) as store:
