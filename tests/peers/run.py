@@ -78,8 +78,10 @@ def main() -> int:
     if options.json:
         print(json.dumps({"machine": about, "pairs": figures.as_json(pairs)}, ensure_ascii=False))
     elif pairs:
-        heads = ("", "tasks a second", "taskd is … times as fast")
-        print("\n".join(figures.in_columns([heads, *figures.table(pairs)])))
+        how = {contender.name: contender.how for contender in (TASKD, *PEERS)}
+        rows = [("", "tasks a second", "taskd is … times as fast", "")]
+        rows += [(*row, how[row[0]]) for row in figures.table(pairs)]
+        print("\n".join(figures.in_columns(rows)))
         rounds = max(pair.round for pair in pairs)
         print(f"\nleast / median / largest of {rounds} rounds; {machine.sentence(about)}")
     return code
