@@ -43,6 +43,7 @@ log = structlog.get_logger("taskd.worker")
 WELCOME_WITHIN_S = 10.0
 SEND_WITHIN_S = 30.0
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.1, 10.0
+BACKOFF_STOPPING_S = 0.5
 CALM_AFTER_S = 5.0  # a connection that lasted this long starts the back-off anew
 STAND_BY_S = 300.0  # then the address may lead elsewhere, and is tried again
 MAX_LEASE_S, MIN_LEASE_S = 86_400.0, 0.1
@@ -132,7 +133,7 @@ class Link:
             failures = 1 if calm else failures + 1
             self._disconnected(why, failures)
             if not self._closing:
-                await trio.sleep(self._backoff_s(failures))
+                await self._back_off(self._backoff_s(failures))
 
     async def _stand_by(self) -> None:
         """While another address leads to the same store: a broker has one stream with each worker."""
@@ -149,6 +150,17 @@ class Link:
             while account.address and not self._closing:
                 self._wake = trio.Event()
                 await self._wake.wait()
+
+    async def _back_off(self, seconds: float) -> None:
+        """Less when the worker stops meanwhile: it has results, and little time to deliver them."""
+        until = trio.current_time() + seconds
+        while not self._backlog.closed:
+            self._wake = trio.Event()
+            with trio.move_on_at(until) as waiting:
+                await self._wake.wait()
+            if waiting.cancelled_caught:
+                return
+        await trio.sleep(min(max(until - trio.current_time(), 0.0), BACKOFF_STOPPING_S))
 
     def _backoff_s(self, failures: int) -> float:
         longest_s = min(BACKOFF_FIRST_S * 2 ** min(failures - 1, 10), BACKOFF_MOST_S)

@@ -18,7 +18,7 @@ import trio
 from taskd.config.schema import PoolSection
 from taskd.wire.envelope import Envelope
 from taskd.wire.frames import Assignment, Result, ResultStatus
-from taskd.worker.link import State
+from taskd.worker.link import BACKOFF_STOPPING_S, State
 from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
 
 log = structlog.get_logger("taskd.worker")
@@ -111,12 +111,18 @@ class Restraint:
         self._what = what
         self._rng = rng
         self._failures = 0
+        self._most_s = BACKOFF_MOST_S
+
+    def hurry(self) -> None:
+        """The worker stops: it has little time, so the next attempts follow soon."""
+        self._most_s = BACKOFF_STOPPING_S
+        self.until = min(self.until, trio.current_time() + BACKOFF_STOPPING_S)
 
     def failed(self, why: str) -> None:
         if trio.current_time() < self.until:
             return  # calls that were under way when the first one failed
         self._failures += 1
-        longest_s = min(BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10), BACKOFF_MOST_S)
+        longest_s = min(BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10), self._most_s)
         self.until = trio.current_time() + self._rng.uniform(longest_s / 2, longest_s)
         tell = log.debug if self.trouble else log.warning
         tell(f"{self._what} failed, trying again", address=self._address, error=why)

@@ -109,6 +109,8 @@ class PullLink(PlainLink):
         return trio.current_time() >= self._fetching.until
 
     def _begin(self, calls: trio.Nursery, client: Caller) -> bool:
+        if self._backlog.closed:
+            self._reporting.restraint.hurry()
         may_report = self._reporting.due(trio.current_time())
         if self._turns.is_due(self):
             self._under_way += 1

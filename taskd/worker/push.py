@@ -128,6 +128,8 @@ class PushLink(PlainLink):
     # ---- reporting
 
     def _begin(self, calls: trio.Nursery, client: Caller) -> bool:
+        if self._backlog.closed:
+            self._reporting.restraint.hurry()
         if self._reporting.under_way or not self._reporting.due(trio.current_time()):
             return False
         calls.start_soon(self._report, client, self._reporting.begin(MAX_RESULTS_PER_CALL))

@@ -208,6 +208,23 @@ async def test_results_are_kept_while_the_broker_is_gone(autojump_clock: Clock, 
     assert {found.outcome for found in await broker.inflight.describe(["a", "b"])} == {"complete"}
 
 
+async def test_results_are_told_soon_to_a_broker_that_is_back_when_the_worker_stops(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    await produce(broker, "a")
+    async with working(broker) as worker, pushing_to(broker, worker):
+        await worker.until(lambda: len(worker.started) == 1)
+        worker.takes_results = False
+        await trio.sleep(100)
+        with trio.fail_after(60):
+            while worker.link._due() < trio.current_time() + 4:  # noqa: ASYNC110  # tries in a moment
+                await trio.sleep(0.1)
+        worker.takes_results = True
+        worker.backlog.close()
+        with trio.fail_after(1):
+            await worker.until(lambda: worker.backlog.settled)
+
+
 async def test_what_is_pushed_again_while_it_is_here_runs_once(autojump_clock: Clock, broker: Broker) -> None:
     async with working(broker) as worker:
         worker.takes_results = False

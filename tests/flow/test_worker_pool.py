@@ -981,3 +981,25 @@ async def test_an_idle_child_whose_work_was_taken_back_is_left_alone(autojump_cl
         await trio.sleep(60)
         assert it.pool.statistics().in_children == 0
         assert not child.killed
+
+
+async def test_a_broker_that_comes_back_late_still_gets_the_results_of_a_worker_that_stops(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept(lease_ms=600_000)
+        broker.tell(work("a"))
+        await broker.until(lambda: bool(broker.started))
+        it.network.refuses.add("b:1")
+        broker.cut()
+        await trio.sleep(100)
+        attempts = it.network.attempts
+        with trio.fail_after(60):
+            while it.network.attempts == attempts:  # noqa: ASYNC110  # the next one is seconds away
+                await trio.sleep(0.1)
+        it.network.refuses.clear()
+        it.stop.set()
+        again = await it.network.accept()
+        await again.until(lambda: bool(again.results), within_s=2)
+        again.take_all()
+        await it.ended.wait()
