@@ -7,6 +7,7 @@ keep the memory in step with the rows, also when a transaction is undone: fences
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -54,15 +55,10 @@ class HeldRows:
 
     def start(self, refs: Sequence[Ref], now: Now) -> bool:
         """Their holders began these. False: not all are held as remembered, and nothing was done."""
-        store, end_ms = self._store, now.mono_ms + self._store.policy.grace_ms
+        store = self._store
         held = self._found(ref.id for ref in refs)
-        if held is None or not store.run_if_each(
-            "start_held",
-            [
-                (end_ms, now.wall_ms, now.mono_ms, row.row, row.lane, ref.fence)
-                for row, ref in zip(held, refs, strict=True)
-            ],
-        ):
+        times = (now.mono_ms + store.policy.grace_ms, now.wall_ms, now.mono_ms)
+        if held is None or not self._run("start_held", times, held):
             return False
         for ref, row in zip(refs, held, strict=True):
             self._rows[ref.id] = row._replace(started=True)
@@ -74,20 +70,12 @@ class HeldRows:
 
         One that was not known to have started is counted as started now.
         """
-        store, at_ms = self._store, now.wall_ms
+        store = self._store
         held = self._found(report.id for report in reports)
-        if held is None or not store.run_if_each(
-            "complete_held",
-            [
-                (at_ms, at_ms, row.row, row.lane, report.fence)
-                for row, report in zip(held, reports, strict=True)
-            ],
-        ):
+        if held is None or not self._run("complete_held", (now.wall_ms, now.wall_ms), held):
             return False
-        by_lane: defaultdict[int, list[int]] = defaultdict(list)
-        for row in held:
-            by_lane[row.lane].append(row.row)
-        for lane, rows in by_lane.items():
+        for lane, fences in by_lane(held).items():
+            rows = list(fences)
             status = store.move_all(rows, lane, Status.PROCESSING, Event.COMPLETED)
             store.move_all(rows, lane, status, Event.SETTLED)
         store.measure_since("received_to_started", (r.received_at_ms for r in held if not r.started), now)
@@ -96,9 +84,22 @@ class HeldRows:
             self._rows.pop(report.id, None)
         return True
 
+    def _run(self, statement: str, values: tuple[int, ...], held: list[HeldRow]) -> bool:
+        # One statement for many rows: SQLite works through them without Python's lock in between.
+        each = [(*values, json.dumps(fences), lane) for lane, fences in by_lane(held).items()]
+        return self._store.run_if_all(statement, each, len(held))
+
     def _found(self, ids: Iterable[str]) -> list[HeldRow] | None:
         """What is remembered of these; None: not of all, as what came before in this write ended some."""
         try:
             return [self._rows[id_] for id_ in ids]
         except KeyError:
             return None
+
+
+def by_lane(held: Iterable[HeldRow]) -> dict[int, dict[int, int]]:
+    """The fences of rows, by lane and row."""
+    found: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    for row in held:
+        found[row.lane][row.row] = row.fence
+    return found

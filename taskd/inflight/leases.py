@@ -1,11 +1,12 @@
 """Rows are held: handed out under a lease, started, reported, handed back, taken back.
 
-Every hand-out gives the row a larger fence than any before. Who reports under a fence that is not
+Every hand-out gives its rows a larger fence than any before. Who reports under a fence that is not
 the row's newest is superseded: somebody else has, or had, the row since.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -253,33 +254,36 @@ class Leases:
         """Give each of these rows its new lease."""
         if not rows:
             return
-        store, kind, now = self._store, claim.request.kind, claim.now
+        store, request, now = self._store, claim.request, claim.now
         fenced = list(zip(rows, store.next_fences(len(rows), now), strict=True))
         numbers = [row.row for row in rows]
-        if kind is LeaseKind.PUSH:
+        if request.kind is LeaseKind.PUSH:
             store.move_all(numbers, lane.number, Status.PENDING, Event.CLAIMED)
             end_ms = now.mono_ms + store.policy.claim_ms
-            store.run_many("claim", [(fence, kind, end_ms, row.row) for row, fence in fenced])
+            fences = {row.row: fence for row, fence in fenced}
+            store.run("claim", request.kind, end_ms, json.dumps(fences))
         else:
             store.move_all(numbers, lane.number, Status.PENDING, Event.HANDED_OUT)
-            store.run_many("hand_out", [self._lease_values(row, fence, claim) for row, fence in fenced])
-        if kind is LeaseKind.UNARY:
+            # Unary calls have no START, and at most once the hand-out is the START: both count now.
+            is_unary = request.kind is LeaseKind.UNARY
+            counted = {row.row: fence for row, fence in fenced if is_unary or row.at_most_once}
+            others = {row.row: fence for row, fence in fenced if row.row not in counted}
+            self._lease(
+                counted, (now.mono_ms + store.policy.grace_ms, 1, 1, now.wall_ms, now.mono_ms), request
+            )
+            self._lease(others, (None, 0, 0, None, None), request)
+        if request.kind is LeaseKind.UNARY:
             store.measure_since("received_to_started", (row.received_at_ms for row in rows), now)
-        if kind is LeaseKind.STREAM:
+        if request.kind is LeaseKind.STREAM:
             self._held.remember(
                 (row.id, HeldRow(row.row, lane.number, fence, row.received_at_ms)) for row, fence in fenced
             )
         claim.leases += [claim.lease(row, fence) for row, fence in fenced]
         claim.left_bytes -= sum(len(row.activation) for row in rows)
 
-    def _lease_values(self, row: Waiting, fence: int, claim: Claim) -> tuple[object, ...]:
-        kind, holder = claim.request.kind, claim.request.holder
-        # Unary calls have no START, and at most once the hand-out is the START: both count now.
-        if kind is LeaseKind.UNARY or row.at_most_once:
-            now = claim.now
-            end_ms = now.mono_ms + row.deadline_ms + self._store.policy.grace_ms
-            return (fence, kind, holder, end_ms, 1, 1, now.wall_ms, now.mono_ms, row.row)
-        return (fence, kind, holder, None, 0, 0, None, None, row.row)
+    def _lease(self, fences: dict[int, int], begun: tuple[int | None, ...], request: ClaimRequest) -> None:
+        if fences:
+            self._store.run("hand_out", request.kind, request.holder, *begun, json.dumps(fences))
 
     # ---- what the holder says
 

@@ -88,14 +88,14 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 DELETE FROM switch WHERE switch = ?
 
 -- name: hand_out
-UPDATE inflight SET status = 5, fence = ?, lease_kind = ?, holder = ?, lease_end_mono_ms = ?,
+UPDATE inflight SET status = 5, fence = leases.value, lease_kind = ?, holder = ?, lease_end_mono_ms = ? + deadline_ms,
   attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?, started_mono_ms = ?
-WHERE row = ?
+FROM json_each(?) AS leases WHERE row = CAST(leases.key AS INTEGER)
 
 -- name: claim
-UPDATE inflight SET status = 4, fence = ?, lease_kind = ?, holder = NULL, lease_end_mono_ms = ?,
+UPDATE inflight SET status = 4, fence = leases.value, lease_kind = ?, holder = NULL, lease_end_mono_ms = ?,
   counted = 0, started = 0, started_at_ms = NULL
-WHERE row = ?
+FROM json_each(?) AS leases WHERE row = CAST(leases.key AS INTEGER)
 
 -- name: pushed
 UPDATE inflight SET status = 5, counted = 1, started = 1, attempts = attempts + 1, lease_end_mono_ms = ?,
@@ -137,13 +137,15 @@ WHERE row = ?
 -- name: start_held
 UPDATE inflight SET started = 1, attempts = attempts + 1 - counted, counted = 1,
   lease_end_mono_ms = ? + deadline_ms, started_at_ms = ?, started_mono_ms = ?
-WHERE row = ? AND lane = ? AND fence = ? AND status = 5 AND started = 0
+FROM json_each(?) AS leases
+WHERE row = CAST(leases.key AS INTEGER) AND lane = ? AND fence = leases.value AND status = 5 AND started = 0
 
 -- name: complete_held
 UPDATE inflight SET status = 12, outcome = 'complete', attempts = attempts + 1 - counted,
   started_at_ms = CASE started WHEN 1 THEN started_at_ms ELSE ? END, finished_at_ms = ?,
   activation = NULL, record_key = NULL, holder = NULL, lease_end_mono_ms = NULL
-WHERE row = ? AND lane = ? AND fence = ? AND status = 5
+FROM json_each(?) AS leases
+WHERE row = CAST(leases.key AS INTEGER) AND lane = ? AND fence = leases.value AND status = 5
 
 -- name: extend
 UPDATE inflight SET lease_end_mono_ms =

@@ -264,13 +264,16 @@ class SqliteStore:
         self.db.executemany(self.queries[name], values)
         return self.db.total_changes() - before
 
-    def run_if_each(self, name: str, values: Sequence[Sequence[Any]]) -> bool:
-        """The same, but only if it finds a row for each of them; otherwise nothing is done."""
-        self.db.execute("SAVEPOINT each")
-        complete = self.run_many(name, values) == len(values)
+    def run_if_all(self, name: str, values: Iterable[Sequence[Any]], rows: int) -> bool:
+        """A named statement for each of `values`; unless they change so many rows, nothing is done."""
+        self.db.execute("SAVEPOINT all_rows")
+        before = self.db.total_changes()
+        for each in values:
+            self.run(name, *each)
+        complete: bool = self.db.total_changes() - before == rows
         if not complete:
-            self.db.execute("ROLLBACK TO each")
-        self.db.execute("RELEASE each")
+            self.db.execute("ROLLBACK TO all_rows")
+        self.db.execute("RELEASE all_rows")
         return complete
 
     def one(self, name: str, *values: Any) -> Any:
@@ -514,8 +517,7 @@ class SqliteStore:
     def next_fences(self, count: int, now: Now) -> range:
         """Larger than any before, also when the file was restored from a copy: wall time in microseconds."""
         first = max(self.last_fence + 1, now.wall_ms * 1000)
-        if count:
-            self.last_fence = first + count - 1
+        self.last_fence = first + count - 1
         return range(first, first + count)
 
     # ---- opening
