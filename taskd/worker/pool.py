@@ -359,7 +359,7 @@ class Pool:
         log.warning("the grace is over, ending what still runs", pool=self.name, running=running)
         self._backlog.break_off(why)
         with trio.move_on_after(self._graces.total_s + KILL_WITHIN_S):
-            while self._backlog.running:
+            while self._backlog.jobs_count:
                 await self._until_change()
 
     async def _until_fetched(self) -> None:

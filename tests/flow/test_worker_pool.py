@@ -127,6 +127,8 @@ class ScriptedChild:
             return self._tell(pipe.Expired(number))
         if how == "hangs":
             await trio.sleep_forever()
+        if how == "decodes":
+            await trio.sleep(1)
         self.started.append(piece.activation)
         self._tell(pipe.Started(number, RETRY_ON_TIMEOUT))
         if "beats" in how:
@@ -1002,4 +1004,20 @@ async def test_a_broker_that_comes_back_late_still_gets_the_results_of_a_worker_
         again = await it.network.accept()
         await again.until(lambda: bool(again.results), within_s=2)
         again.take_all()
+        await it.ended.wait()
+
+
+async def test_a_task_that_is_about_to_start_when_the_grace_is_over_is_reported_too(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1, drain_grace_s=0.5) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="9 decodes"))
+        await trio.sleep(0.1)
+        it.stop.set()
+        await broker.until(lambda: bool(broker.results))
+        broker.take_all()
+        assert [(result.status, result.reason) for result in broker.results] == [
+            (ResultStatus.INTERRUPTED, "drained")
+        ]
         await it.ended.wait()
