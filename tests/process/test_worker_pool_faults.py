@@ -95,9 +95,9 @@ async def test_a_task_that_takes_the_signals_keeps_them_for_itself_only(tmp_path
 async def test_what_is_stopped_gets_an_exception_first(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     async with open_pool(**QUICK) as (broker, pool):
-        await broker.stop(call("a", "sleeps", str(notes)))
+        await broker.stop(call("a", "sleeps", str(notes)), writes=notes)
         await broker.run(call("b", "whoami", str(notes)))
-        cancelled, after = notes.read_text().splitlines()
+        _, cancelled, after = notes.read_text().splitlines()
         assert cancelled == f"cancelled in {after}", "its child lives on"
         assert "a" not in broker.results
         assert pool.statistics().crashes == 0

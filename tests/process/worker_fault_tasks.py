@@ -23,6 +23,7 @@ def note(path: str, text: str) -> None:
 @tests.register("sleeps", retry=Retry(times=3, on=(ProcessingDeadlineExceeded,), delay=7))
 def sleeps(path: str) -> None:
     try:
+        note(path, "begins")
         time.sleep(600)
     except ProcessingDeadlineExceeded:
         note(path, f"overdue in {os.getpid()}")

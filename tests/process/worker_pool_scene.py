@@ -92,14 +92,16 @@ class Broker:
     def _tell(self, frame: frames.BrokerFrame) -> None:
         self._out.send_nowait(frames.encode_broker_frame(frame))
 
-    async def stop(self, assignment: Assignment) -> None:
-        """Assign it, and stop it once it began."""
+    async def stop(self, assignment: Assignment, writes: Path | None = None) -> None:
+        """Assign it, and stop it once it began, and has written that."""
         await self._welcomed.wait()
         self._tell(frames.Assignments((assignment,)))
         with trio.fail_after(30):
             while assignment.lease not in self.started:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
+            while writes is not None and not writes.exists():  # noqa: ASYNC110  # nobody tells
+                await trio.sleep(0.01)
         self._tell(frames.Stop((assignment.lease,)))
 
     async def run(self, *assignments: Assignment) -> list[Result]:
