@@ -100,7 +100,7 @@ class Broker:
             while assignment.lease not in self.started:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            while writes is not None and not writes.exists():  # noqa: ASYNC110  # nobody tells
+            while writes is not None and not await trio.Path(writes).exists():  # noqa: ASYNC110
                 await trio.sleep(0.01)
         self._tell(frames.Stop((assignment.lease,)))
 
