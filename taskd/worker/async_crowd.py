@@ -154,6 +154,7 @@ class Crowd:
                 self._sent += 1
                 self._inside[self._sent] = Activation(job)
             if self._sent >= self._limits.max_tasks:
+                self.is_useful = True  # though nothing of its share has ended yet
                 self.over.set()
             await self._child.send([piece(job, now) for job in jobs])
         self._busy.set()
@@ -222,7 +223,8 @@ class Crowd:
 
     async def _keep_watch(self) -> None:
         while True:
-            while not self._inside and not self.over.is_set():
+            # What is being ended is watched to its end, though nothing may be left in here.
+            while not (self._inside or self._watch.ladder or self.over.is_set()):
                 self._busy = trio.Event()
                 await self._busy.wait()
             before = trio.current_time()
@@ -233,7 +235,10 @@ class Crowd:
             self._look(now)
 
     def _look(self, now: float) -> None:
+        took_work = self.takes_work
         self._watch.look(now, TICK_S)
+        if self.takes_work and not took_work:
+            self.wake()  # the loop goes on, and more may have come meanwhile
         if self._watch.gave_up:
             self._retire()  # nothing will come of this child: let another one begin
         elif self._inside:

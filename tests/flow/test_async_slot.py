@@ -489,3 +489,35 @@ async def test_what_began_behind_junk_in_the_pipe_does_not_begin_again(autojump_
         assert sorted(scene.started) == ["junk 60", "sleep 60"]
         (after,) = await scene.run(call("sleep 1"))
         assert after.status is COMPLETE
+
+
+async def test_a_child_whose_loop_was_blocked_by_its_only_task_takes_work_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_scene(capacity=1) as scene:
+        blocking, after = await scene.run(call("block 60"), call("sleep 1"), within_s=10)
+        assert (blocking.status, after.status) == (FAILURE, COMPLETE)
+        assert len(scene.spawner.children) == 1
+
+
+async def test_a_child_takes_what_waits_as_soon_as_its_loop_goes_on(autojump_clock: MockClock) -> None:
+    async with open_scene(capacity=3) as scene:
+        scene.give(call("sleep 50"))
+        await scene.run(call("block 60"), call("sleep 1"), call("sleep 2"), within_s=12)
+
+
+async def test_a_loop_that_is_blocked_with_nothing_left_in_its_child_is_ended(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_scene(capacity=1) as scene:
+        scene.give(call("mute"))
+        await trio.sleep(1)
+        scene.stop("mute")
+        (after,) = await scene.run(call("sleep 1"), within_s=30)
+        assert after.status is COMPLETE
+
+
+async def test_a_child_that_had_its_share_of_tasks_did_not_fail(autojump_clock: MockClock) -> None:
+    async with open_scene(capacity=2, max_tasks=1) as scene:
+        await scene.run(*(call(f"sleep 2 {number}") for number in range(10)), within_s=15)
+        assert scene.slot.health == "warm"
