@@ -121,7 +121,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_WITHIN_S)
+    # Its own children may tidy up after it, such as the one that removes its semaphores.
+    give_up_s = time.monotonic() + STOP_WITHIN_S
     with suppress(ProcessLookupError):
+        while time.monotonic() < give_up_s:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(LOOK_EVERY_S)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -61,7 +61,8 @@ def _positive(text: str) -> int:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     options = arguments()
     options.folder.mkdir(parents=True, exist_ok=True)
     about = machine.describe(options.folder)
@@ -83,11 +84,13 @@ def main() -> int:
         rows += [(*row, how[row[0]]) for row in figures.table(pairs)]
         print("\n".join(figures.in_columns(rows)))
         rounds = max(pair.round for pair in pairs)
-        print(f"\nleast / median / largest of {rounds} rounds; {machine.sentence(about)}")
+        print(f"\nleast / median / largest, rounds: {rounds}; {machine.sentence(about)}")
     return code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)  # everything is being stopped; that takes seconds at most
     raise KeyboardInterrupt
 
 
