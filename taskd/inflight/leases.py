@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from taskd.activation.lifecycle import HELD, Event, Status
+from taskd.activation.lifecycle import HELD, LEAVING, Event, Status
 from taskd.clock import Now
 from taskd.inflight.base import (
     ClaimRequest,
@@ -408,8 +408,12 @@ class Leases:
         return len(lost)
 
     def lost(self, refs: Iterable[Ref]) -> list[Ref]:
-        """Those that are over for good: their row is gone, or was handed out again since."""
-        return [ref for ref in refs if (row := self._find(ref.id)) is None or row.fence != ref.fence]
+        """Those that are over for good: their row is gone or about to go, or was handed out again since."""
+        return [
+            ref
+            for ref in refs
+            if (row := self._find(ref.id)) is None or row.fence != ref.fence or row.status in LEAVING
+        ]
 
     def held_ids(self, limit: int) -> list[str]:
         """Some of the activations that are with workers now."""

@@ -817,6 +817,17 @@ async def test_lanes_without_rows_are_forgotten(opened: Opener) -> None:
         check(store)
 
 
+async def test_a_lease_is_lost_also_while_the_dead_letter_of_its_row_waits_for_the_log(
+    store: Inflight,
+) -> None:
+    await put(store, "a", at_most_once=True)
+    await put(store, "b")
+    refs = [lease.ref for lease in await stream(store)]
+    await store.reconcile("w1", ())
+    assert (await look(store, "a")).status is Status.FAILURE
+    assert await store.lost(refs) == refs[:1], "b waits: what its worker reports of it still counts"
+
+
 async def test_a_lane_dropped_in_a_write_that_is_undone_is_there_again(store: Inflight) -> None:
     await put(store, "a", namespace="lane")
     await say(store, await one(stream(store)), COMPLETE)
