@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
@@ -74,6 +75,7 @@ class Scene:
     """A folder with a broker in it, and workers when they are wanted. Opened by `open_scene`."""
 
     folder: Path
+    short_folder: Path  # for what may not have a long path
     kafka: str | None
     rpc_port: int
     http_port: int
@@ -111,6 +113,7 @@ class Scene:
             "http": {"port": self.http_port},
             "log": log,
             "store": limits | {"max_size_bytes": 100_000_000_000},
+            "admin": {"socket": str(self.short_folder / "admin.sock")},
             **self._broker_settings,
         }
         return await self._start("broker", settings, until=self._is_ready)
@@ -174,7 +177,8 @@ async def open_scene(
     """
     rpc_port, http_port = _free_ports(2)
     async with AsyncExitStack() as stack:
-        yield Scene(folder, kafka, rpc_port, http_port, stack, broker or {})
+        short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskd-bench-")))
+        yield Scene(folder, short, kafka, rpc_port, http_port, stack, broker or {})
 
 
 def _started(name: str, command: str, config: Path, log: Path) -> Daemon:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_a_longer_run(tmp_path: Path, arguments: tuple[str, ...]) -> None:
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "taskd", "bench", "drain", "--folder", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    wide = {**os.environ, "COLUMNS": "1000"}  # or the message is broken into lines anywhere
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=wide)
     assert done.returncode == 2
     assert "nowhere" in done.stderr
     assert "does not exist" in done.stderr

@@ -67,8 +67,11 @@ def test_a_mark_leads_to_those_whose_parent_is_gone(start: type[Started]) -> Non
 
 def test_only_those_that_carry_the_mark_are_killed(start: type[Started]) -> None:
     ours, orphan, other = start(WAITS, "two"), start(LEAVES, "two"), start(WAITS, "three")
+    orphan.process.wait()  # who started it carries the mark too, and is about to end
     assert descendants.kill("two") == 2
     assert ours.process.wait() == -signal.SIGKILL
+    assert orphan.process.stdout is not None
+    assert orphan.process.stdout.read() == b""  # now it is gone: a signal that was sent takes a moment
     assert descendants.marked("two") == []
     assert descendants.marked("three") == [other.pid]
     assert descendants.kill("nobody's") == 0
