@@ -171,6 +171,7 @@ class Session:
         holding = hello.holding if knows_us else ()
         wake = inflight.watch_claimable()
         standing = inflight.standing.add(self._request_along, wake.set)
+        said_goodbye = False
         with self._scope:
             try:
                 lost = await inflight.reconcile(hello.worker_id, _refs(holding)) if knows_us else 0
@@ -189,13 +190,25 @@ class Session:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._assign, wake, standing)
                     await self._receive(nursery, wake)
+                    said_goodbye = True
+                    for _ in range(FRAMES_IN_WORK):  # what it said last is to count
+                        await self._in_work.acquire()
                     nursery.cancel_scope.cancel()
             except* PeerUnavailable:
                 pass
             finally:
                 inflight.unwatch(wake)
                 await self._give_up(standing)
+                if said_goodbye:
+                    await self._end_unheard()
                 worker.info("worker disconnected")
+
+    async def _end_unheard(self) -> None:
+        """What was still on its way when the worker left in an orderly way need not wait for its lease."""
+        with trio.CancelScope(shield=True):
+            ended = await self._inflight.reconcile(self._hello.worker_id, ())
+        if ended:
+            log.info("leases of a worker that left end", worker=self._hello.worker_id, leases=ended)
 
     # ---- to the worker
 

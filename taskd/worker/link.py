@@ -106,6 +106,11 @@ class Link:
     def connected(self) -> bool:
         return self.state in ("working", "draining")
 
+    @property
+    def may_get_more(self) -> bool:
+        """Whether assignments may still come, under credit that the broker has not seen recalled."""
+        return self.state == "working" and self.credit.outstanding > 0
+
     def wake(self) -> None:
         """There may be something to send."""
         self._wake.set()

@@ -344,7 +344,7 @@ class Pool:
         if self._backlog.jobs_count:
             await self._break_off(f"it still ran {grace_s:g} s after its worker was told to stop")
         with trio.move_on_at(max(begin + grace_s, trio.current_time() + DELIVERY_GRACE_S)):
-            while not self._backlog.settled and any(link.account for link in self.links):
+            while self._owes_or_expects():
                 await self._until_change()
         self._report_who_was_left()
         for link in self.links:
@@ -352,6 +352,12 @@ class Pool:
         with trio.move_on_after(GOODBYE_WITHIN_S):
             while any(link.connected for link in self.links):
                 await self._until_change()
+
+    def _owes_or_expects(self) -> bool:
+        """Whether something is to be told, or may come that then is to be handed back."""
+        if any(isinstance(link, Link) and link.may_get_more for link in self.links):
+            return True
+        return not self._backlog.settled and any(link.account for link in self.links)
 
     async def _break_off(self, why: str) -> None:
         """End what still runs, so that others may have it at once and not when its lease is over."""

@@ -46,6 +46,10 @@ class FakeWorker:
     async def hear(self) -> frames.BrokerFrame:
         return frames.decode_broker_frame(await self._stream.inbox.receive())
 
+    def leave(self) -> None:
+        """End the stream in an orderly way."""
+        self._stream.outbox.close()
+
     async def offer(self, more: int, idle: int | None = None) -> None:
         """So many more assignments are welcome, all or `idle` of them at once."""
         total = self._credit.total + more
@@ -147,6 +151,20 @@ async def test_what_was_claimed_along_for_a_worker_that_left_waits_again(
     assert (found.status, found.attempts) == (Status.PENDING, 0)
     async with connected(broker, worker_id="w2") as other:
         assert [item.id for item in await other.work(1)] == ["a"]
+
+
+async def test_what_a_leaving_worker_never_saw_does_not_wait_for_its_lease(
+    autojump_clock: Clock, broker: Broker
+) -> None:
+    await produce(broker, "seen", "unseen", processing_deadline_duration=1000)
+    async with connected(broker) as worker:
+        seen, _ = await worker.work(2)
+        await worker.say(frames.Results((frames.Result(*seen.lease, ResultStatus.COMPLETE),)))
+        worker.leave()
+        await broker.settle()
+        assert (await describe(broker, "seen")).outcome == "complete"
+        found = await describe(broker, "unseen")
+        assert (found.status, found.attempts) == (Status.PENDING, 0)
 
 
 async def test_hand_back_returns_the_row_uncounted(autojump_clock: Clock, broker: Broker) -> None:

@@ -817,6 +817,23 @@ async def test_stop_hands_back_finishes_reports_and_leaves(autojump_clock: MockC
         assert {result.status for result in broker.results} == {ResultStatus.COMPLETE}
 
 
+async def test_stop_waits_until_no_more_can_come(autojump_clock: MockClock) -> None:
+    """What crosses the goodbye would wait for the end of its lease, though nobody has it."""
+    async with running() as it:
+        broker = await it.network.accept()
+        await broker.until(lambda: broker.credit == 2)
+        it.stop.set()
+        await broker.until(lambda: broker.credit == 0)
+        await trio.sleep(1)
+        assert not it.ended.is_set(), "the recall is not seen yet"
+        broker.tell(work("crossed"))
+        await broker.until(lambda: broker.back == [LeaseRef("crossed", 1)])
+        broker.tell(frames.Assignments((), broker.said(frames.Credit)[-1].number))  # type: ignore[union-attr]
+        with trio.fail_after(1):
+            await it.ended.wait()
+        assert broker.finished
+
+
 @pytest.mark.parametrize("how", ["", "swallows", "stubborn"])
 async def test_stop_ends_what_outlives_the_grace_and_reports_it(autojump_clock: MockClock, how: str) -> None:
     async with running(slots=2, drain_grace_s=2) as it:
