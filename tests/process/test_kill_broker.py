@@ -30,7 +30,7 @@ async def test_without_faults_nothing_runs_twice(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.long)])
 async def test_killed_under_load_nothing_is_lost(tmp_path: Path, kills: int) -> None:
     print(f"TASKD_TEST_SEED={SEED}")
     rng = random.Random(SEED)

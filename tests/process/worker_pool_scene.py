@@ -72,6 +72,8 @@ class Broker:
             case frames.Hello():
                 self._tell(frames.Welcome(1, "store", 30_000))
                 self._welcomed.set()
+            case frames.Credit(number):
+                self._tell(frames.Assignments((), number))  # seen: a worker that leaves waits for it
             case frames.Started(leases):
                 self.started.update(leases)
                 self._arrived.set()
