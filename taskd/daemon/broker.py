@@ -122,14 +122,7 @@ class Broker:
         self._read_once = ReadOnce(config)
         self._feeding = Feeding(config, clock, activation_logs, inflight, reads=not evacuates)
         presence = Presence(clock)
-        publisher = Publisher(
-            inflight,
-            self._feeding.append,
-            clock,
-            Topics(config.log.deadletter_topic, config.log.retries_to, frozenset(settings.raw_tasks(config))),
-            limit=config.upkeep.max_rows_per_round,
-            strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
-        )
+        publisher = _publisher(config, clock, inflight, self._feeding)
         duties = broker_duties(
             inflight,
             publisher,
@@ -141,6 +134,7 @@ class Broker:
         calls = self._certificates.contexts.get("push.tls")
         self._push = push_dispatch(config, clock, inflight, self._draining, self._secrets, calls)
         roster = Roster(clock)
+        parks_unknown = config.dispatch.unknown_tasks == "park"
         duties.append(
             parking_duty(
                 inflight,
@@ -148,7 +142,7 @@ class Broker:
                 roster,
                 limit=config.upkeep.max_rows_per_round,
                 every_s=lambda: self._config.upkeep.interval_s,
-                parks_unknown=config.dispatch.unknown_tasks == "park",
+                parks_unknown=parks_unknown,
             )
         )
         self._stream = StreamDispatch(
@@ -159,7 +153,7 @@ class Broker:
             lease_ms=settings.milliseconds(config.dispatch.lease_s),
             max_assignments_per_frame=config.dispatch.max_assignments_per_frame,
             hands_out=self._push is None,
-            parks_unknown=config.dispatch.unknown_tasks == "park",
+            parks_unknown=parks_unknown,
         )
         self._operators = Operators(
             config,
@@ -246,7 +240,6 @@ class Broker:
             self._push.settings.timeout_s = config.push.timeout_s
             self._push.remap(config.push.worker_map)
         self._stream.max_assignments_per_frame = config.dispatch.max_assignments_per_frame
-        self._stream.parks_unknown = config.dispatch.unknown_tasks == "park"
         if (was.log_level, was.log_format) != (config.log_level, config.log_format):
             setup_logging(config.log_level, config.log_format)
         self._inflight.trace(config.log_level == "debug")
@@ -283,3 +276,15 @@ class Broker:
 
     def _held(self) -> int:
         return sum(count for status, count in self._inflight.counts().items() if status in HELD)
+
+
+def _publisher(config: BrokerConfig, clock: Clock, inflight: Inflight, feeding: Feeding) -> Publisher:
+    topics = Topics(config.log.deadletter_topic, config.log.retries_to, frozenset(settings.raw_tasks(config)))
+    return Publisher(
+        inflight,
+        feeding.append,
+        clock,
+        topics,
+        limit=config.upkeep.max_rows_per_round,
+        strict_order_namespaces=frozenset(config.dispatch.strict_order_namespaces),
+    )
