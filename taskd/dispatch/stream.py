@@ -21,7 +21,7 @@ from taskd.inflight.standing import StandingClaim
 from taskd.inflight.writer import Inflight, Wake
 from taskd.rpc.base import Duplex, Services, Stream
 from taskd.telemetry import metrics
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.frames import LeaseRef, StopReason
 
 METHOD = "/taskd.v1.DispatchService/Work"
@@ -124,7 +124,7 @@ def _decoded(raw: bytes | None) -> frames.WorkerFrame | None:
     if raw is None:
         return None
     try:
-        return frames.decode_worker_frame(raw)
+        return frames_codec.decode_worker_frame(raw)
     except Undecodable as error:
         raise Refused("INVALID_ARGUMENT", f"a frame cannot be read: {error}") from None
 
@@ -214,7 +214,7 @@ class Session:
 
     async def _send(self, frame: frames.BrokerFrame) -> None:
         async with self._sending:
-            await self._stream.send(frames.encode_broker_frame(frame))
+            await self._stream.send(frames_codec.encode_broker_frame(frame))
 
     async def _assign(self, wake: Wake, standing: StandingClaim) -> None:
         async with trio.open_nursery() as nursery:
@@ -290,7 +290,9 @@ class Session:
                 sent = True
                 self._sent += len(leases)
                 items = tuple(map(_assignment, leases))
-                await self._stream.send(frames.encode_broker_frame(frames.Assignments(items, credit.number)))
+                await self._stream.send(
+                    frames_codec.encode_broker_frame(frames.Assignments(items, credit.number))
+                )
             metrics.claims.labels("stream").inc(len(leases))
         finally:
             if not sent:

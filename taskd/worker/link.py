@@ -30,9 +30,8 @@ from taskd.wire.frames import (
     TaskName,
     Welcome,
     WorkerFrame,
-    decode_broker_frame,
-    encode_worker_frame,
 )
+from taskd.wire.frames_codec import decode_broker_frame, encode_worker_frame
 from taskd.worker.backlog import Backlog
 from taskd.worker.credit import Offer, StreamCredit
 from taskd.worker.gather import MANY, Gathering

@@ -34,7 +34,8 @@ from taskd.log.kafka import KafkaLog
 from taskd.producer.destination import APPEND, encode_request
 from taskd.wire import consumer
 from taskd.wire.envelope import scan
-from taskd.wire.frames import BrokerFrame, WorkerFrame, decode_broker_frame, encode_worker_frame
+from taskd.wire.frames import BrokerFrame, WorkerFrame
+from taskd.wire.frames_codec import decode_broker_frame, encode_worker_frame
 from taskd.wire.generated.sentry_protos.taskbroker.v1 import (
     GetTaskRequest,
     RetryState,

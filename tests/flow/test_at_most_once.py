@@ -12,7 +12,7 @@ import trio
 
 from taskd.errors import Refused
 from taskd.inflight.base import Description
-from taskd.wire import consumer, frames
+from taskd.wire import consumer, frames, frames_codec
 from taskd.wire.frames import LeaseRef, ResultStatus
 
 Broker = Any
@@ -29,7 +29,7 @@ class Worker:
         self.assigned: list[LeaseRef] = []
 
     async def say(self, frame: frames.WorkerFrame) -> None:
-        await self._to_broker.send(frames.encode_worker_frame(frame))
+        await self._to_broker.send(frames_codec.encode_worker_frame(frame))
 
     async def report(self, lease: LeaseRef, status: ResultStatus) -> None:
         await self.say(frames.Results((frames.Result(*lease, status),)))
@@ -40,7 +40,7 @@ class Worker:
         return await self._from_worker.receive()
 
     async def send(self, body: bytes) -> None:
-        frame = frames.decode_broker_frame(body)
+        frame = frames_codec.decode_broker_frame(body)
         if isinstance(frame, frames.Assignments):
             self.assigned += [item.lease for item in frame.assignments]
 

@@ -19,7 +19,7 @@ from taskd.inflight.cancelling import Effect
 from taskd.log.base import Outgoing, Position
 from taskd.rpc.base import Unary
 from taskd.telemetry import metrics
-from taskd.wire import consumer, frames
+from taskd.wire import consumer, frames, frames_codec
 from taskd.wire.envelope import MAX_ID_BYTES
 from taskd.wire.generated.taskd import v1
 
@@ -126,14 +126,14 @@ class Worker:
 
     async def say(self, *said: frames.WorkerFrame) -> None:
         for frame in said:
-            await self._in.send(frames.encode_worker_frame(frame))
+            await self._in.send(frames_codec.encode_worker_frame(frame))
 
     async def receive(self) -> bytes | None:
         return await self._out.receive()
 
     async def send(self, body: bytes) -> None:
         await trio.lowlevel.checkpoint()
-        self.heard.append(frames.decode_broker_frame(body))
+        self.heard.append(frames_codec.decode_broker_frame(body))
 
     @property
     def stops(self) -> list[frames.Stop]:

@@ -16,7 +16,7 @@ from taskd.admin.wait import Seen, get_status
 from taskd.errors import StoreError
 from taskd.inflight.base import Policy
 from taskd.rpc.base import Unary
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.frames import LeaseRef, ResultStatus, StopReason, TaskProgress
 
 Broker = Any
@@ -34,7 +34,7 @@ class Worker:
         self.welcome = frames.Welcome(0, "", 0)
 
     async def say(self, frame: frames.WorkerFrame) -> None:
-        await self._to_broker.send(frames.encode_worker_frame(frame))
+        await self._to_broker.send(frames_codec.encode_worker_frame(frame))
 
     async def start(self, id_: str) -> LeaseRef:
         await self.say(frames.Started((self.assigned[id_],)))
@@ -49,7 +49,7 @@ class Worker:
         return await self._from_worker.receive()
 
     async def send(self, body: bytes) -> None:
-        match frames.decode_broker_frame(body):
+        match frames_codec.decode_broker_frame(body):
             case frames.Welcome() as welcome:
                 self.welcome = welcome
             case frames.Assignments(assignments):

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from taskd.activation.lifecycle import Status
 from taskd.daemon.pushing import parking_duty
 from taskd.dispatch.roster import Roster
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.frames import TaskName
 
 Broker = Any
@@ -33,7 +33,7 @@ class Worker:
         self.heard: list[frames.BrokerFrame] = []
 
     async def say(self, frame: frames.WorkerFrame) -> None:
-        await self._to_broker.send(frames.encode_worker_frame(frame))
+        await self._to_broker.send(frames_codec.encode_worker_frame(frame))
 
     # the stream's face
 
@@ -41,7 +41,7 @@ class Worker:
         return await self._from_worker.receive()
 
     async def send(self, body: bytes) -> None:
-        frame = frames.decode_broker_frame(body)
+        frame = frames_codec.decode_broker_frame(body)
         self.heard.append(frame)
         if isinstance(frame, frames.Assignments):
             self.ids += [item.id for item in frame.assignments]

@@ -20,7 +20,7 @@ from taskd.inflight.base import Policy
 from taskd.inflight.limits import LimitKind, LimitRule
 from taskd.inflight.rates import Rate
 from taskd.telemetry import metrics
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.envelope import scan
 from taskd.wire.generated.sentry_protos.taskbroker.v1 import PushTaskRequest, TaskActivationStatus
 from taskd.wire.pushing import PUSH_TASK
@@ -74,7 +74,7 @@ class StreamWorker:
             await self._offer(slots)
             while True:
                 with trio.move_on_after(10):
-                    frame = frames.decode_broker_frame(await self._inbox.receive())
+                    frame = frames_codec.decode_broker_frame(await self._inbox.receive())
                     if isinstance(frame, frames.Assignments):
                         for item in frame.assignments:
                             nursery.start_soon(self._work, item)
@@ -96,7 +96,7 @@ class StreamWorker:
         await self._say(frames.Credit(self._total, self._total, self._total))
 
     async def _say(self, frame: frames.WorkerFrame) -> None:
-        await self._outbox.send(frames.encode_worker_frame(frame))
+        await self._outbox.send(frames_codec.encode_worker_frame(frame))
 
 
 async def unary_worker(broker: Broker, running: Running, run_s: float) -> None:

@@ -11,7 +11,7 @@ import trio
 
 from taskd.activation.lifecycle import Status
 from taskd.errors import Refused
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.frames import LeaseRef, ResultStatus
 
 Broker = Any
@@ -41,10 +41,10 @@ class FakeWorker:
         self._credit = frames.Credit(0, 0)
 
     async def say(self, frame: frames.WorkerFrame) -> None:
-        await self._stream.outbox.send(frames.encode_worker_frame(frame))
+        await self._stream.outbox.send(frames_codec.encode_worker_frame(frame))
 
     async def hear(self) -> frames.BrokerFrame:
-        return frames.decode_broker_frame(await self._stream.inbox.receive())
+        return frames_codec.decode_broker_frame(await self._stream.inbox.receive())
 
     def leave(self) -> None:
         """End the stream in an orderly way."""

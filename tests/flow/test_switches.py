@@ -23,7 +23,7 @@ from taskd.rpc.base import Unary
 from taskd.upkeep.duties import Upkeep
 from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.upkeep.switches import switch_duties
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.protobuf import text_field
 
 PAUSE, KILL, DEMOTE = SwitchKind
@@ -208,14 +208,14 @@ class Worker:
         self._in, self._out = trio.open_memory_channel[bytes](100)
 
     async def say(self, frame: frames.WorkerFrame) -> None:
-        await self._in.send(frames.encode_worker_frame(frame))
+        await self._in.send(frames_codec.encode_worker_frame(frame))
 
     async def receive(self) -> bytes | None:
         return await self._out.receive()
 
     async def send(self, body: bytes) -> None:
         await trio.lowlevel.checkpoint()
-        self.heard.append(frames.decode_broker_frame(body))
+        self.heard.append(frames_codec.decode_broker_frame(body))
 
 
 async def test_a_worker_is_told_to_stop_what_falls_under_a_killswitch(

@@ -15,7 +15,7 @@ from trio.testing import MockClock
 import taskd.worker.entry_pipe as pipe
 from taskd.config.schema import PoolSection
 from taskd.errors import PeerUnavailable, StartupError
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
 from taskd.worker import results
 from taskd.worker.child import Child, ChildGone, Piece
@@ -216,7 +216,7 @@ class Connection:
         await trio.lowlevel.checkpoint()
         if self.ended:
             raise PeerUnavailable
-        self.frames.append(frames.decode_worker_frame(body))
+        self.frames.append(frames_codec.decode_worker_frame(body))
         self._news.set()
 
     async def receive(self) -> bytes | None:
@@ -237,7 +237,7 @@ class Connection:
 
     def tell(self, *said: frames.BrokerFrame) -> None:
         for frame in said:
-            self.to_worker.send_nowait(frames.encode_broker_frame(frame))
+            self.to_worker.send_nowait(frames_codec.encode_broker_frame(frame))
 
     def cut(self) -> None:
         self.ended = True

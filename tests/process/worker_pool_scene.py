@@ -13,7 +13,7 @@ import trio
 
 from taskd.config.schema import PoolSection
 from taskd.rpc.base import ClientStream
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
 from taskd.wire.parameters import encode
 from taskd.wire.protobuf import bytes_field, text_field, varint_field
@@ -68,7 +68,7 @@ class Broker:
 
     async def send(self, body: bytes) -> None:
         await trio.lowlevel.checkpoint()
-        match frames.decode_worker_frame(body):
+        match frames_codec.decode_worker_frame(body):
             case frames.Hello():
                 self._tell(frames.Welcome(1, "store", 30_000))
                 self._welcomed.set()
@@ -92,7 +92,7 @@ class Broker:
         self._out.close()
 
     def _tell(self, frame: frames.BrokerFrame) -> None:
-        self._out.send_nowait(frames.encode_broker_frame(frame))
+        self._out.send_nowait(frames_codec.encode_broker_frame(frame))
 
     async def stop(self, assignment: Assignment, writes: Path | None = None) -> None:
         """Assign it, and stop it once it began, and has written that."""

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from taskd.errors import Undecodable
 from taskd.wire import frames
 from taskd.wire.envelope import MAX_DURATION_S
-from taskd.wire.frames import (
-    LeaseRef,
-    ResultStatus,
+from taskd.wire.frames import LeaseRef, ResultStatus
+from taskd.wire.frames_codec import (
     decode_broker_frame,
     decode_worker_frame,
     encode_broker_frame,
@@ -285,8 +284,8 @@ def test_the_short_way_of_reading_reads_the_same(
     id_: str, fence: int, activation: bytes, deadline_ms: int, expires_in_ms: int | None, more: bytes
 ) -> None:
     item = frames.Assignment(id_, fence, activation, deadline_ms, expires_in_ms)
-    assert frames._read_assignment(frames._assignment(item)) == item
-    assert frames._read_lease(frames._lease(id_, fence)) == item.lease
-    for raw in (frames._assignment(item) + more, frames._assignment(item)[: -len(more) or None]):
-        short = frames._usual_assignment(raw)
-        assert short is None or short == frames._any_assignment(raw)
+    assert frames_codec._read_assignment(frames_codec._assignment(item)) == item
+    assert frames_codec._read_lease(frames_codec._lease(id_, fence)) == item.lease
+    for raw in (frames_codec._assignment(item) + more, frames_codec._assignment(item)[: -len(more) or None]):
+        short = frames_codec._usual_assignment(raw)
+        assert short is None or short == frames_codec._any_assignment(raw)
