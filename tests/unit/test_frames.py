@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskd.errors import Undecodable
-from taskd.wire import frames
+from taskd.wire import frames, frames_codec
 from taskd.wire.envelope import MAX_DURATION_S
 from taskd.wire.frames import LeaseRef, ResultStatus
 from taskd.wire.frames_codec import (
