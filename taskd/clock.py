@@ -28,7 +28,10 @@ class Clock(Protocol):
 
 
 def monotonic_s() -> float:
-    """The monotonic clock in seconds, finely: for measuring how long something took."""
+    """The monotonic clock in seconds, finely: for measuring how long something took.
+
+    All processes of a machine read the same one.
+    """
     return time.perf_counter()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+from taskd.clock import monotonic_s
 from taskd.tasks.namespace import TaskNamespace
 
 bench = TaskNamespace("taskd-bench", processing_deadline_duration=30)
@@ -16,6 +17,7 @@ def noop(payload: bytes = b"") -> None:
 
 @bench.register(name="tell")
 def tell(port: int, number: int) -> None:
-    """Tells the benchmark, which listens on a port of this machine, that it began."""
+    """Tells the benchmark, which listens on a port of this machine, when it began."""
+    began_s = monotonic_s()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mouth:
-        mouth.sendto(str(number).encode(), ("127.0.0.1", port))
+        mouth.sendto(f"{number} {began_s!r}".encode(), ("127.0.0.1", port))
