@@ -1,9 +1,13 @@
-"""Read, decode, store, commit - in that order. An offset is committed only after its rows are durable."""
+"""Read, decode, store, commit - in that order. An offset is committed only after its rows are durable.
+
+Nobody waits for the commit, so it comes a little later, for many batches at once: an offset that the log did
+not take before a crash costs duplicates, which are known by their ids.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 import trio
@@ -22,6 +26,8 @@ from taskd.telemetry import metrics
 READ_WAIT_S = 5.0  # how long one read waits for records; bounds how stale `last_progress` gets
 NAMED_AT_MOST = 5  # ids in a log line
 GO_BACK_RETRY_S = 0.5
+COMMIT_AFTER_S = 0.05  # after the first of the rows is durable: until then, other batches share the commit
+COMMIT_RETRY_S = 1.0
 STORE_RETRY_S = (0.1, 5.0)  # first and longest pause after the store failed
 
 log = structlog.get_logger("taskd.ingest")
@@ -48,10 +54,12 @@ class Ingest:
         self._batch_max_records = batch_max_records
         self._decode = decode
         self._overflow = overflow
-        self._flushing = trio.Lock()
+        self._flushing = trio.Lock()  # a batch is being stored
+        self._committing = trio.Lock()  # offsets are on their way: none may arrive after later ones
         self._revoked: Counter[Partition] = Counter()  # how often each was taken away
         self._left: dict[Partition, int] = {}  # read, but not stored since it was revoked: first offsets
         self._owed: dict[Partition, int] = {}  # offsets of durable rows that the log has not taken yet
+        self._owes = trio.Event()
         self._stopped = False
         self._waiting = trio.CancelScope()
         self.paused: dict[str, str] = {}
@@ -62,9 +70,10 @@ class Ingest:
         """Feed until `stop`; what was read by then is stored and committed first."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_assignments)
+            nursery.start_soon(self._commit_owed)
             while not self._stopped:
                 await self._read_once()
-            await self._settle_owed()
+            await self._commit()
             nursery.cancel_scope.cancel()
 
     def set_limits(self, limits: Limits) -> None:
@@ -84,39 +93,47 @@ class Ingest:
 
     async def _read_once(self) -> None:
         self._progress()
-        await self._settle_owed()
-        await self._go_back()
+        if self._left:
+            await self._commit()  # or it would go back to what is stored already
+            await self._go_back()
         records: list[Record] = []
         arrivals = None
         revoked_before: dict[Partition, int] = {}
+        ends: dict[Partition, int] = {}
         with self._unless_stopped():
             limit = await self._wait_for_room()
             records = await self._reader.read_batch(min(limit, self._batch_max_records), READ_WAIT_S)
-            revoked_before = {record.partition: self._revoked[record.partition] for record in records}
+            ends = {record.partition: record.offset + 1 for record in records}
+            revoked_before = {partition: self._revoked[partition] for partition in ends}
             if records:
                 # Not while flushing: a revocation need not wait until there is room.
                 arrivals = await self._admitted([self._decode(record) for record in records])
         if arrivals is None:
             return  # nothing came, or stopped while there was no room: not committed, so it is read again
-        async with self._flushing:
+        await _take(self._flushing)
+        try:
             # What was revoked since it was read is read again by whoever has it now, be it this reader
             # again: others may have gone on meanwhile, so it begins where the group is.
-            mine = {p for p in self._reader.assigned if revoked_before.get(p) == self._revoked[p]}
-            for record in records:
-                if record.partition not in mine:
-                    self._left.setdefault(record.partition, record.offset)
-            await self._store(
-                [record for record in records if record.partition in mine],
-                [arrival for arrival in arrivals if Partition(arrival.topic, arrival.partition) in mine],
-            )
+            assigned = self._reader.assigned
+            mine = {p for p, times in revoked_before.items() if p in assigned and times == self._revoked[p]}
+            if len(mine) < len(ends):
+                for record in records:
+                    if record.partition not in mine:
+                        self._left.setdefault(record.partition, record.offset)
+                records = [record for record in records if record.partition in mine]
+                arrivals = [a for a in arrivals if Partition(a.topic, a.partition) in mine]
+            if records:
+                await self._store(records, arrivals, {partition: ends[partition] for partition in mine})
+        finally:
+            self._flushing.release()
 
-    async def _store(self, records: Sequence[Record], arrivals: Sequence[Arrival]) -> None:
-        if not records:
-            return
+    async def _store(
+        self, records: Sequence[Record], arrivals: Sequence[Arrival], ends: Mapping[Partition, int]
+    ) -> None:
         inserted = await self._insert(arrivals)
         self._count(records, arrivals, inserted)
-        self._owed.update({record.partition: record.offset + 1 for record in records})
-        await self._commit()
+        self._owed.update(ends)
+        self._owes.set()
         self._progress()
 
     async def _go_back(self) -> None:
@@ -132,21 +149,33 @@ class Ingest:
                     continue
             del self._left[partition]
 
-    async def _settle_owed(self) -> None:
-        """Commit again what failed. Without a next batch nobody else would, until the tombstones are gone."""
-        if self._owed:
-            async with self._flushing:
-                await self._commit()
+    async def _commit_owed(self) -> None:
+        """Commit what is owed soon after it is, and again what was refused: without a next batch nobody else
+        would, until the tombstones are gone."""
+        while True:
+            await self._owes.wait()
+            await trio.sleep(COMMIT_AFTER_S)
+            if not await self._commit():
+                await trio.sleep(COMMIT_RETRY_S)
 
-    async def _commit(self) -> None:
-        try:
-            await self._reader.commit(self._owed)
-        except LogUnavailable as error:
-            # The rows are stored; read again they are known by id.
-            offsets = {str(partition): offset for partition, offset in self._owed.items()}
-            log.warning("offsets not committed, trying again", error=str(error), offsets=offsets)
-        else:
-            self._owed = {}
+    async def _commit(self, partitions: Collection[Partition] | None = None) -> bool:
+        """Commit what is owed of these partitions, None: of all. False: the log did not take it."""
+        async with self._committing:
+            owed = {p: end for p, end in self._owed.items() if partitions is None or p in partitions}
+            if owed:
+                try:
+                    await self._reader.commit(owed)
+                except LogUnavailable as error:
+                    # The rows are stored; read again they are known by id.
+                    offsets = {str(partition): offset for partition, offset in owed.items()}
+                    log.warning("offsets not committed, trying again", error=str(error), offsets=offsets)
+                    return False
+            for partition, end in owed.items():
+                if self._owed.get(partition) == end:  # else more of it was stored meanwhile
+                    del self._owed[partition]
+            if not self._owed and self._owes.is_set():
+                self._owes = trio.Event()
+            return True
 
     async def _admitted(self, arrivals: list[Arrival]) -> list[Arrival]:
         """Wait until the store has room for these; some may be sent elsewhere instead."""
@@ -177,7 +206,8 @@ class Ingest:
             )
             if isinstance(change, Revoked):
                 self._revoked.update(change.partitions)
-                async with self._flushing:  # what was read before is stored and committed now
+                async with self._flushing:  # what was read before is stored now
+                    await self._commit(change.partitions)
                     for partition in change.partitions:
                         self._owed.pop(partition, None)
                     change.acknowledge()
@@ -257,3 +287,11 @@ class Ingest:
 
     def _progress(self) -> None:
         self.last_progress_mono_ms = self._clock.now().mono_ms
+
+
+async def _take(lock: trio.Lock) -> None:
+    """Acquire it; at once if it is free: `acquire` would let a turn of the loop pass, and the rows wait."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()

@@ -20,7 +20,7 @@ from taskd.inflight.base import Policy
 from taskd.inflight.presence import Presence
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.ingest.backpressure import Limits
-from taskd.ingest.loop import Ingest
+from taskd.ingest.loop import COMMIT_AFTER_S, Ingest
 from taskd.ingest.overflow import Overflow
 from taskd.log.base import Outgoing, Partition, Reader, Record
 from taskd.log.memory import MemoryLog
@@ -98,6 +98,8 @@ class TestBroker:
             return await reader.read_batch(1000, 0.1)
 
     async def committed(self) -> int | None:
+        """The group's offset, once what is owed to the log now was committed."""
+        await trio.sleep(2 * COMMIT_AFTER_S)
         return await self.reader.committed(Partition(TOPIC, 0))
 
     async def settle(self) -> None:

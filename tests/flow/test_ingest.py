@@ -13,6 +13,7 @@ from taskd.activation.lifecycle import Status
 from taskd.errors import LogUnavailable, StoreError
 from taskd.inflight.base import Inserted
 from taskd.ingest.backpressure import Limits
+from taskd.ingest.loop import COMMIT_AFTER_S
 from taskd.log.base import Partition
 from taskd.log.memory import MemoryLog
 from taskd.testing.clock import START_WALL_MS, TrioClock
@@ -46,8 +47,8 @@ async def test_a_batch_closes_as_soon_as_nothing_more_is_ready(autojump_clock: C
         await broker.produce(broker.activation(f"id{number}"))
         await broker.settle()
         assert broker.inflight.counts()[Status.PENDING] == number + 1
-    assert await broker.committed() == 3
     assert trio.current_time() == began
+    assert await broker.committed() == 3
 
 
 async def test_too_much_handed_out_pauses_reading(
@@ -117,6 +118,88 @@ async def test_a_revoked_partition_is_given_up_after_what_was_read_is_committed(
     await trio.sleep(6)
     assert (later == []) or [r.offset for r in later] == [20]
     assert await broker.committed() == 21
+
+
+class Commits:
+    """What a reader is asked to commit, with the time."""
+
+    def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[float, dict[Partition, int]]] = []
+        self._commit = broker.reader.commit
+        monkeypatch.setattr(broker.reader, "commit", self)
+
+    async def __call__(self, offsets: dict[Partition, int], metadata: str = "") -> None:
+        self.seen.append((trio.current_time(), dict(offsets)))
+        await self._commit(offsets, metadata)
+
+
+async def test_batches_that_follow_each_other_share_a_commit(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = Commits(broker, monkeypatch)
+    await broker.settle()
+    began = trio.current_time()
+    for number in range(5):
+        await broker.produce(broker.activation(f"id{number}"))
+        await trio.sleep(COMMIT_AFTER_S / 10)
+    await trio.sleep(1)
+    ((at, offsets),) = commits.seen
+    assert at == pytest.approx(began + COMMIT_AFTER_S)
+    assert offsets == {Partition("taskd", 0): 5}
+    await trio.sleep(60)
+    assert len(commits.seen) == 1  # nothing is owed any more
+
+
+async def test_what_is_owed_is_committed_before_a_partition_is_given_up(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MemoryLog(2, clock=TrioClock())
+    async with open_broker(tmp_path, log) as broker:
+        commits = Commits(broker, monkeypatch)
+        await broker.settle()
+        began = trio.current_time()
+        await broker.produce(*(broker.activation(f"id{n}") for n in range(20)))
+        await broker.settle()
+        assert commits.seen == []  # it is still owed
+        async with log.open_reader(["taskd"], "taskd") as other:
+            await broker.settle()
+            (moved,) = other.assigned
+            ((at, offsets),) = commits.seen
+            assert (at, list(offsets)) == (began, [moved])
+            assert await other.committed(moved) == offsets[moved]
+            assert await other.read_batch(100, 1) == []
+
+
+async def test_what_is_owed_is_committed_before_feeding_ends(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = Commits(broker, monkeypatch)
+    await broker.settle()
+    began = trio.current_time()
+    await broker.produce(broker.activation("a"))
+    await broker.settle()
+    assert commits.seen == []
+    broker.ingest.stop()
+    await broker.settle()
+    assert commits.seen == [(began, {Partition("taskd", 0): 1})]
+
+
+async def test_a_commit_does_not_hold_up_the_next_batch(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(offsets: object, metadata: str = "") -> None:
+        await trio.sleep(30)
+        raise LogUnavailable("away")
+
+    with monkeypatch.context() as away:
+        away.setattr(broker.reader, "commit", slow)
+        await broker.produce(broker.activation("a"))
+        await trio.sleep(1)
+        await broker.produce(broker.activation("b"))
+        await broker.settle()
+        assert [(await broker.get_task()).id for _ in range(2)] == ["a", "b"]
+    await trio.sleep(60)
+    assert await broker.committed() == 2
 
 
 async def test_offsets_that_were_refused_are_committed_without_a_next_batch(
