@@ -31,7 +31,7 @@ async def ingest(
         await broker.stop()
         report.add(
             "ingested",
-            stretch(scene.store, "stored_at_ms").per_s,
+            stretch(scene.stores, "stored_at_ms").per_s,
             "/s",
             target=at_least(INGEST_PER_S) if kafka and not payload else None,
             detail=f"{count:,} records of {'Kafka' if kafka else 'the embedded log, produced meanwhile'}",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from taskd.config.schema import ProducerConfig
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 30.0
 TOPIC = "taskd-bench"
+PARTITIONS = 2  # of that topic on Kafka, for each broker
 ROOM = 100_000_000  # rows: a benchmark measures the way, not its limits
 END_OF_LOG = 15  # lines shown when a daemon failed
 
@@ -70,17 +71,14 @@ class Daemon:
             raise BenchFailed(f"`taskd {self.name}` did not stop within {STOP_WITHIN_S:.0f} s") from None
 
 
-@dataclass
-class Scene:
-    """A folder with a broker in it, and workers when they are wanted. Opened by `open_scene`."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What belongs to one broker of a scene."""
 
-    folder: Path
-    short_folder: Path  # for what may not have a long path
-    kafka: str | None
+    name: str
+    data: Path
     rpc_port: int
     http_port: int
-    _stack: AsyncExitStack
-    _broker_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -88,7 +86,39 @@ class Scene:
 
     @property
     def store(self) -> Path:
-        return self.folder / "data" / "inflight.sqlite"
+        return self.data / "inflight.sqlite"
+
+    def is_ready(self) -> bool:
+        try:
+            self.get("/readyz")
+        except OSError:  # nobody there yet, or 503: not ready
+            return False
+        return True
+
+    def get(self, path: str) -> str:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as answer:
+            return str(answer.read(), "utf-8")
+
+
+@dataclass
+class Scene:
+    """A folder with brokers in it, and workers when they are wanted. Opened by `open_scene`."""
+
+    folder: Path
+    short_folder: Path  # for what may not have a long path
+    kafka: str | None
+    places: Sequence[Place]
+    _stack: AsyncExitStack
+    _broker_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return self.places[0].address
+
+    @property
+    def stores(self) -> list[Path]:
+        return [place.store for place in self.places]
 
     @property
     def producer(self) -> ProducerConfig:
@@ -96,50 +126,66 @@ class Scene:
             return ProducerConfig(broker=self.address, timeout_s=60)
         return ProducerConfig(log="kafka", kafka=self.kafka, topic=TOPIC, timeout_s=60)
 
+    async def brokers(self) -> list[Daemon]:
+        """Start every broker; returns when all are ready. They end with the scene, if not before."""
+        return [await self._broker(place) for place in self.places]
+
     async def broker(self) -> Daemon:
-        """Start the broker; returns when it is ready. It ends with the scene, if not before."""
+        """The same where there is one only."""
+        (daemon,) = await self.brokers()
+        return daemon
+
+    async def _broker(self, place: Place) -> Daemon:
         log: dict[str, Any] = {"kind": "embedded"}
         if self.kafka is not None:
             log = {
                 "kind": "kafka",
                 "clusters": {"default": {"address": self.kafka}},
-                "topics": {TOPIC: {"consumer_group": TOPIC}},
+                "topics": {TOPIC: {"consumer_group": TOPIC, "partitions": PARTITIONS * len(self.places)}},
                 "deadletter_topic": f"{TOPIC}-dlq",
             }
         limits = dict.fromkeys(("max_pending_count", "max_delay_count", "max_processing_count"), ROOM)
         settings = {
-            "data_dir": str(self.folder / "data"),
-            "rpc": {"port": self.rpc_port},
-            "http": {"port": self.http_port},
+            "data_dir": str(place.data),
+            "rpc": {"port": place.rpc_port},
+            "http": {"port": place.http_port},
             "log": log,
             "store": limits | {"max_size_bytes": 100_000_000_000},
-            "admin": {"socket": str(self.short_folder / "admin.sock")},
+            "admin": {"socket": str(self.short_folder / f"{place.name}.sock")},
             **self._broker_settings,
         }
-        return await self._start("broker", settings, until=self._is_ready)
+        return await self._start("broker", settings, name=place.name, until=place.is_ready)
 
     async def worker(self, slots: int, name: str = "worker") -> Daemon:
-        """Start a worker with so many children; returns at once."""
-        pool = {"brokers": [self.address], "slots": slots, "modules": ["taskd.bench.tasks"]}
+        """Start a worker with so many children, for all brokers; returns at once."""
+        addresses = [place.address for place in self.places]
+        pool = {"brokers": addresses, "slots": slots, "modules": ["taskd.bench.tasks"]}
         return await self._start("worker", {"pools": {"default": pool}}, name=name)
 
     async def metric(self, name: str, **labels: str) -> float:
-        """The sum of all samples of a metric of the broker that have these labels."""
-        text = await trio.to_thread.run_sync(self._get, "/metrics")
+        """The sum of all samples of a metric of the brokers that have these labels."""
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        return sum(
-            float(line.rpartition(" ")[2])
-            for line in text.splitlines()
-            if line.partition("{")[0].partition(" ")[0] == name and all(part in line for part in wanted)
-        )
+        total = 0.0
+        for place in self.places:
+            text = await trio.to_thread.run_sync(place.get, "/metrics")
+            total += sum(
+                float(line.rpartition(" ")[2])
+                for line in text.splitlines()
+                if line.partition("{")[0].partition(" ")[0] == name and all(part in line for part in wanted)
+            )
+        return total
 
     async def completed(self) -> int:
         return int(await self.metric("taskd_transitions_total", event="completed"))
 
     async def _start(
-        self, command: str, settings: Mapping[str, Any], *, name: str = "", until: Any = None
+        self,
+        command: str,
+        settings: Mapping[str, Any],
+        *,
+        name: str,
+        until: Callable[[], bool] | None = None,
     ) -> Daemon:
-        name = name or command
         config = self.folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(dict(settings)))
         daemon = _started(name, command, config, self.folder / f"{name}.log")
@@ -153,32 +199,31 @@ class Scene:
                 raise BenchFailed(f"`taskd {command}` was not ready within {START_WITHIN_S:.0f} s")
         return daemon
 
-    def _is_ready(self) -> bool:
-        try:
-            self._get("/readyz")
-        except OSError:  # nobody there yet, or 503: not ready
-            return False
-        return True
-
-    def _get(self, path: str) -> str:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(f"http://127.0.0.1:{self.http_port}{path}", timeout=10) as answer:
-            return str(answer.read(), "utf-8")
-
 
 @asynccontextmanager
 async def open_scene(
-    folder: Path, kafka: str | None = None, broker: Mapping[str, Any] | None = None
+    folder: Path,
+    kafka: str | None = None,
+    *,
+    brokers: int = 1,
+    settings: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Scene]:
     """An empty scene in `folder`; what was started in it ends with the block.
 
-    `kafka`: bootstrap servers of the log; None: the embedded one. `broker`: further sections of its
-    configuration.
+    `kafka`: bootstrap servers of the log, which several brokers share; None: the embedded one, which belongs
+    to one broker. `settings`: further sections of a broker's configuration.
     """
-    rpc_port, http_port = _free_ports(2)
+    if brokers > 1 and kafka is None:
+        raise BenchFailed("the embedded log belongs to one broker: several share a topic of --kafka")
+    ports = _free_ports(2 * brokers)
+    names = ["broker"] if brokers == 1 else [f"broker-{number}" for number in range(1, brokers + 1)]
+    places = [
+        Place(name, folder / name, rpc_port, http_port)
+        for name, rpc_port, http_port in zip(names, ports[::2], ports[1::2], strict=True)
+    ]
     async with AsyncExitStack() as stack:
         short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskd-bench-")))
-        yield Scene(folder, short, kafka, rpc_port, http_port, stack, broker or {})
+        yield Scene(folder, short, kafka, places, stack, settings or {})
 
 
 def _started(name: str, command: str, config: Path, log: Path) -> Daemon:

@@ -11,9 +11,10 @@ import trio
 from taskd import aio
 from taskd.bench.figures import Report, Step, at_most, percentile
 from taskd.bench.latency import Ear, one_latency_ms, open_ear
-from taskd.bench.scene import Daemon, Scene, open_scene
+from taskd.bench.scene import Daemon, open_scene
 from taskd.bench.tasks import noop
 from taskd.clock import monotonic_s
+from taskd.database import wal_bytes
 from taskd.producer.client import Producer, open_producer
 
 SAMPLE_EVERY_S = 1.0
@@ -48,7 +49,7 @@ async def soak(
     rss: dict[str, Samples] = {"broker": Samples(), "worker": Samples()}
     descriptors: dict[str, Samples] = {"broker": Samples(), "worker": Samples()}
     wal, latency = Samples(), Samples()
-    async with open_scene(folder, broker=store) as scene, aio.open_loop(), open_ear() as ear:
+    async with open_scene(folder, settings=store) as scene, aio.open_loop(), open_ear() as ear:
         daemons = {"broker": await scene.broker(), "worker": await scene.worker(slots)}
         async with open_producer(scene.producer) as producer:
             await one_latency_ms(producer, ear, -1)
@@ -58,7 +59,7 @@ async def soak(
                 nursery.start_soon(_ask, producer, ear, random.Random(seed), end_s, latency)
                 while monotonic_s() < end_s:
                     _sample(daemons, rss, descriptors)
-                    wal.values.append(_wal_bytes(scene))
+                    wal.values.append(wal_bytes(scene.places[0].store))
                     step(int(100 - 100 * (end_s - monotonic_s()) / seconds), "soaking")
                     await trio.sleep(SAMPLE_EVERY_S)
         completed = await scene.completed()
@@ -86,11 +87,6 @@ def _sample(daemons: dict[str, Daemon], rss: dict[str, Samples], descriptors: di
         daemon.check()
         rss[name].values.append(daemon.rss_bytes)
         descriptors[name].values.append(daemon.descriptors)
-
-
-def _wal_bytes(scene: Scene) -> int:
-    path = scene.store.with_name(scene.store.name + "-wal")
-    return path.stat().st_size if path.exists() else 0
 
 
 async def _send(producer: Producer, per_s: int, end_s: float) -> None:

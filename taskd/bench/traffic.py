@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -66,16 +68,17 @@ class Stretch:
         return (self.rows - self.at_first) / max((self.last_ms - self.first_ms) / 1000, 0.001)
 
 
-def stretch(store: Path, column: str) -> Stretch:
-    """From the file of a broker that has stopped; `column` is a time of its rows, in milliseconds."""
+def stretch(stores: Sequence[Path], column: str) -> Stretch:
+    """From the files of brokers that have stopped; `column` is a time of their rows, in milliseconds."""
     assert column in ("stored_at_ms", "finished_at_ms")
     # The name is one of two words of ours.
-    sql = (
-        f"SELECT count({column}), min({column}), max({column}), "  # noqa: S608
-        f"sum({column} = (SELECT min({column}) FROM inflight)) FROM inflight"
-    )
-    with open_for_reading(store) as db:
-        rows, first, last, at_first = next(iter(db.execute(sql)))
-    if not rows:
-        raise BenchFailed(f"the store {store} has no rows to count")
-    return Stretch(int(rows), int(first), int(last), int(at_first))
+    counted = f"SELECT {column}, count(*) FROM inflight WHERE {column} IS NOT NULL GROUP BY {column}"  # noqa: S608
+    times: Counter[int] = Counter()
+    for store in stores:
+        with open_for_reading(store) as db:
+            rows: list[Any] = db.execute(counted).fetchall()
+            times.update(dict(rows))
+    if not times:
+        raise BenchFailed(f"no rows to count in {', '.join(map(str, stores))}")
+    first, last = min(times), max(times)
+    return Stretch(times.total(), first, last, times[first])

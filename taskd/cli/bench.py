@@ -196,6 +196,42 @@ def soak(
     _run("soak", partial(run, seconds=seconds, per_s=per_s, slots=slots, seed=seed), folder, json)
 
 
+@app.command()
+def scale(
+    waiting: Annotated[
+        list[int] | None, typer.Option(min=100, metavar="N", help="Activations that wait; may be repeated.")
+    ] = None,
+    payload: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="BYTES", help="Argument of each; may be repeated.")
+    ] = None,
+    brokers: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Brokers that share a topic of Kafka; may be repeated."),
+    ] = None,
+    slots: Slots = 2,
+    kafka: Kafka = "local",
+    folder: Folder = None,
+    json: flags.Json = False,
+) -> None:
+    """What an activation costs with more of them waiting, with larger ones, and with several brokers.
+
+    ```
+    taskd bench scale --waiting 10000 --waiting 1000000 --payload 10000 --brokers 1 --brokers 4
+    ```
+    """
+    from taskd.bench.scale import scale as run
+
+    chosen = bool(waiting or payload or brokers)  # else all three, as far as is usual
+    benchmark = partial(
+        run,
+        waiting=waiting or ([] if chosen else [10_000, 100_000, 1_000_000]),
+        payloads=payload or ([] if chosen else [100, 10_000, 1_000_000]),
+        brokers=brokers or ([] if chosen else [1, 2, 4]),
+        slots=slots,
+    )
+    _run("scale", benchmark, folder, json, kafka)
+
+
 @app.command("all")
 def all_(kafka: Kafka = "local", folder: Folder = None, json: flags.Json = False) -> None:
     """Everything that has a target, in one run of some ten minutes.
@@ -220,7 +256,7 @@ def _run(name: str, benchmark: Bench, parent: Path | None, as_json: bool, kafka:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskd-bench-", dir=parent)))
         arguments: dict[str, Any] = {}
-        if name in ("drain", "through", "latency", "ingest", "all"):
+        if name in ("drain", "through", "latency", "ingest", "scale", "all"):
             arguments["kafka"] = stack.enter_context(_kafka(kafka))
         report = Report(name, machine.describe(folder))
         interrupted = trio.run(_measure, partial(benchmark, folder, report, **arguments), name)

@@ -52,6 +52,7 @@ def test_a_small_run(tmp_path: Path, arguments: tuple[str, ...], expected: str) 
         ("ingest", "--count", "2000", "--kafka", "local"),
         ("soak", "--seconds", "8", "--per-s", "200"),
         ("claim", "--size", "200", "--size", "400"),
+        ("scale", "--waiting", "200", "--payload", "1000", "--brokers", "2"),
         ("rpc", "--seconds", "0.5", "--rounds", "1"),
     ],
     ids=lambda value: value[0],
