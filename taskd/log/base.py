@@ -26,8 +26,7 @@ class Partition(NamedTuple):
         return f"{self.topic}/{self.number}"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record as read. `timestamp_ms`: wall clock, milliseconds since 1970, of its producer or the log."""
 
     partition: Partition
@@ -38,8 +37,7 @@ class Record:
     headers: Headers = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """One record to append. Records of one key go to one partition; those without are spread."""
 
     topic: str

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from taskd.config.schema import ProducerConfig
 from taskd.errors import LogUnavailable, PeerError, Refused, Undecodable
-from taskd.log.base import Outgoing, Partition, Position, Rejected, Writer
+from taskd.log.base import Outgoing, Position, Rejected, Writer
 from taskd.log.kafka import KafkaLog, Security
+from taskd.producer.append_codec import decode_response, encode_request
 from taskd.rpc import client
 from taskd.rpc.access import Access, producer_access
-from taskd.wire.protobuf import bytes_field, fields, text_field
 
 APPEND = "/taskd.v1.LogService/Append"
 
@@ -76,7 +76,7 @@ class RemoteWriter:
             return []
         try:
             reply = await self._client.call(APPEND, encode_request(records), timeout_s=self._timeout_s)
-            return list(decode_response(reply, records))
+            return [*decode_response(reply, records)]
         except Refused as error:
             if error.code in _BAD_RECORD and len(records) > 1:
                 middle = len(records) // 2
@@ -85,37 +85,3 @@ class RemoteWriter:
             return [kind(f"{error.code}: {error.message}")] * len(records)
         except (PeerError, Undecodable) as error:
             return [LogUnavailable(str(error))] * len(records)
-
-
-def encode_request(records: Sequence[Outgoing]) -> bytes:
-    """A taskd.v1.AppendRequest."""
-    return b"".join(bytes_field(1, _record(record)) for record in records)
-
-
-def _record(record: Outgoing) -> bytes:
-    out = text_field(1, record.topic)
-    if record.key is not None:
-        out += bytes_field(2, record.key)
-    out += bytes_field(3, record.value)
-    for name, value in record.headers:
-        out += bytes_field(4, text_field(1, name) + bytes_field(2, value))
-    return out
-
-
-def decode_response(reply: bytes, records: Sequence[Outgoing]) -> list[Position]:
-    """The positions in a taskd.v1.AppendResponse. Raises Undecodable unless there is one for each record."""
-    appended = [{field[0]: field[2] for field in fields(raw)} for raw in _messages(reply)]
-    if len(appended) != len(records):
-        raise Undecodable(f"expected the positions of {len(records)} records, found {len(appended)}")
-    return [
-        Position(Partition(record.topic, _number(at.get(1))), _number(at.get(2)))
-        for record, at in zip(records, appended, strict=True)
-    ]
-
-
-def _messages(reply: bytes) -> list[bytes]:
-    return [value for number, _, value, _, _ in fields(reply) if number == 1 and isinstance(value, bytes)]
-
-
-def _number(value: int | bytes | None) -> int:
-    return value if isinstance(value, int) else 0

@@ -31,7 +31,8 @@ from daemons import clean_environment
 from taskd import aio
 from taskd.log.base import Outgoing
 from taskd.log.kafka import KafkaLog
-from taskd.producer.destination import APPEND, encode_request
+from taskd.producer.append_codec import encode_request
+from taskd.producer.destination import APPEND
 from taskd.wire import consumer
 from taskd.wire.envelope import scan
 from taskd.wire.frames import BrokerFrame, WorkerFrame

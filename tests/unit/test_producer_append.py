@@ -10,15 +10,23 @@ import trio
 import trio.testing
 
 from taskd.clock import Now
-from taskd.errors import DeliveryError, LogUnavailable, PeerUnavailable, Refused
+from taskd.errors import DeliveryError, LogUnavailable, PeerUnavailable, Refused, Undecodable
 from taskd.log.base import Outgoing, Partition, Position, Rejected
 from taskd.log.memory import MemoryLog
 from taskd.producer.append import MAX_BATCH_BYTES, MAX_BATCH_RECORDS, Sender, open_sender
+from taskd.producer.append_codec import decode_request, decode_response, encode_request, encode_response
 from taskd.producer.client import Producer
-from taskd.producer.destination import Destination, RemoteWriter, decode_response, encode_request
+from taskd.producer.destination import Destination, RemoteWriter
 from taskd.producer.service import METHOD, LogService
 from taskd.tasks.outbox import Call
-from taskd.wire.generated.taskd.v1 import AppendedRecord, AppendRequest, AppendResponse
+from taskd.wire.generated.taskd.v1 import (
+    AppendedRecord,
+    AppendRecord,
+    AppendRequest,
+    AppendResponse,
+    RecordHeader,
+)
+from taskd.wire.protobuf import bytes_field
 
 Answers = list[Position | Exception]
 
@@ -301,15 +309,53 @@ def test_the_request_is_the_generated_one() -> None:
     assert [
         Outgoing(r.topic, r.value, r.key, tuple((h.name, h.value) for h in r.headers)) for r in parsed
     ] == records
+    assert decode_request(encode_request(records)) == records
+
+
+def test_a_request_is_read_as_the_generated_one() -> None:
+    rng = random.Random(7)
+    for _ in range(300):
+        records = [
+            AppendRecord(
+                topic="é" * rng.choice((0, 1, 70)),
+                key=rng.choice((None, b"", b"k" * rng.choice((1, 127, 128, 300)))),
+                value=bytes(rng.choice((0, 1, 127, 128, 20_000))),
+                headers=[RecordHeader(name="n" * n, value=bytes(n)) for n in range(rng.choice((0, 0, 3)))],
+            )
+            for _ in range(rng.randrange(4))
+        ]
+        assert decode_request(bytes(AppendRequest(records=records)) + b"\xf8\x01\x05") == [
+            Outgoing(r.topic, r.value, r.key, tuple((h.name, h.value) for h in r.headers)) for r in records
+        ]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"\x08\x05",  # a number as topic
+        b"\x0a\x01a\x10\x05\x1a\x01v",  # as key
+        b"\x0a\x01a\x12\x01k\x18\x05",  # as value
+        b"\x0a\x01a\x1a\x01v\x20\x05",  # as header
+        b"\x0a\x01a\x1a\x01v\x22\x02\x08\x05",  # as name
+        b"\x0a\x01a\x1a\x01v\x22\x02\x10\x05",  # as value of a header
+        b"\x0a\x01\xff\x12\x01k\x1a\x01v",  # not UTF-8
+        b"\x0a\x01a\x12\x01k\x1a\x02v",  # cut off
+        b"\x0a\x01a\x12\x09k",
+        b"\x0a",
+    ],
+    ids=repr,
+)
+def test_a_record_that_cannot_be_read_is_an_error(record: bytes) -> None:
+    with pytest.raises(Undecodable):
+        decode_request(bytes_field(1, record))
 
 
 def test_the_response_is_the_generated_one() -> None:
     records = [Outgoing("a", b""), Outgoing("b", b"")]
     response = AppendResponse(records=[AppendedRecord(), AppendedRecord(partition=3, offset=2**40)])
-    assert decode_response(bytes(response), records) == [
-        Position(Partition("a", 0), 0),
-        Position(Partition("b", 3), 2**40),
-    ]
+    positions = [Position(Partition("a", 0), 0), Position(Partition("b", 3), 2**40)]
+    assert decode_response(bytes(response), records) == positions
+    assert encode_response(positions) == bytes(response)
 
 
 async def test_an_answer_for_another_number_of_records_is_not_trusted(autojump_clock: object) -> None:
