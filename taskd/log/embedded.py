@@ -188,7 +188,11 @@ class _SqliteStorage:
             await trio.lowlevel.checkpoint()
             return []
         now_ms = self._clock.now().wall_ms
-        return await self.committer.submit(partial(self._append_in_thread, records, now_ms))
+        offsets = await self.committer.submit(partial(self._append_in_thread, records, now_ms))
+        # The readers that `publish` woke go first: what they read is on its way to a worker while the
+        # answer is written, not after it.
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return offsets
 
     async def create(self, topics: Mapping[str, int]) -> None:
         def create() -> list[tuple[Partition, int, int, int]]:
