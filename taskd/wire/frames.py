@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import NamedTuple
 
 VERSION = 1  # of the stream; hello carries the range a worker speaks
@@ -14,6 +15,10 @@ VERSION = 1  # of the stream; hello carries the range a worker speaks
 class LeaseRef(NamedTuple):
     id: str
     fence: int
+
+
+# Of a pair; for each activation, without the call of Python code that the name costs.
+lease_ref = partial(tuple.__new__, LeaseRef)
 
 
 class TaskName(NamedTuple):
@@ -93,7 +98,7 @@ class Result(NamedTuple):
 
     @property
     def lease(self) -> LeaseRef:
-        return LeaseRef(self.id, self.fence)
+        return lease_ref((self.id, self.fence))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,7 @@ class Assignment(NamedTuple):
 
     @property
     def lease(self) -> LeaseRef:
-        return LeaseRef(self.id, self.fence)
+        return lease_ref((self.id, self.fence))
 
 
 @dataclass(frozen=True, slots=True)

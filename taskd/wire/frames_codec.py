@@ -6,6 +6,7 @@ A property test holds them against the generated messages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 from taskd.errors import Undecodable
@@ -32,6 +33,7 @@ from taskd.wire.frames import (
     TaskProgress,
     Welcome,
     WorkerFrame,
+    lease_ref,
 )
 from taskd.wire.protobuf import (
     LENGTH,
@@ -46,6 +48,9 @@ from taskd.wire.protobuf import (
 
 T = TypeVar("T")
 
+_assignment_of = partial(tuple.__new__, Assignment)  # as frames.lease_ref
+_result_of = partial(tuple.__new__, Result)
+
 
 def encode_worker_frame(frame: WorkerFrame) -> bytes:
     match frame:
@@ -57,7 +62,7 @@ def encode_worker_frame(frame: WorkerFrame) -> bytes:
         case Started():
             return bytes_field(3, _leases(frame.leases))
         case Results():
-            return bytes_field(4, b"".join(bytes_field(1, _result(result)) for result in frame.results))
+            return bytes_field(4, b"".join(map(_result_field, frame.results)))
         case HandBack():
             return bytes_field(5, _leases(frame.leases))
         case Heartbeat():
@@ -69,8 +74,7 @@ def encode_broker_frame(frame: BrokerFrame) -> bytes:
         case Welcome():
             return bytes_field(1, _welcome(frame))
         case Assignments():
-            items = b"".join(bytes_field(1, _assignment(item)) for item in frame.assignments)
-            return bytes_field(2, items + _number(2, frame.credit))
+            return bytes_field(2, _assignments(frame.assignments) + _number(2, frame.credit))
         case Taken():
             return bytes_field(3, _leases(frame.leases))
         case Draining():
@@ -123,35 +127,57 @@ def _lease(id_: str, fence: int) -> bytes:
     return b"\x0a%b%b\x10%b" % (varint(len(text)), text, varint(fence))
 
 
+def _lease_field(lease: tuple[str, int], number: int = 1) -> bytes:
+    id_, fence = lease
+    text = id_.encode()
+    size = len(text)
+    if size <= SHORT and fence < 0x80 and number == 1:
+        return b"\x0a%c\x0a%c%b\x10%c" % (size + 4, size, text, fence)
+    return bytes_field(number, _lease(id_, fence))
+
+
 def _leases(leases: Iterable[LeaseRef], number: int = 1) -> bytes:
-    return b"".join(bytes_field(number, _lease(*lease)) for lease in leases)
+    if number == 1:
+        return b"".join(map(_lease_field, leases))
+    return b"".join(_lease_field(lease, number) for lease in leases)
 
 
 def _read_lease(raw: bytes) -> LeaseRef:
-    id_, fence, behind = _usual_lease(raw)
-    if behind == len(raw):
-        return LeaseRef(id_, fence)
     values = _values(raw)
     return LeaseRef(_str(values, 1), _int(values, 2))
 
 
-def _usual_lease(raw: bytes) -> tuple[str, int, int]:
-    """Id and fence as our encoder writes them, at the beginning of a message, and the position behind them.
-
-    That is 0 for whatever is written otherwise, which is to be read field by field.
-    """
-    try:
-        behind_id = 2 + raw[1]
-        if raw[0] == 0x0A and raw[1] < 0x80 and raw[behind_id] == 0x10:
-            fence, behind = read_varint(raw, behind_id + 1, len(raw))
-            return raw[2:behind_id].decode(), fence, behind
-    except (IndexError, Undecodable, UnicodeDecodeError):
-        pass
-    return "", 0, 0
-
-
 def _read_leases(raw: bytes, number: int = 1) -> tuple[LeaseRef, ...]:
-    return tuple(_read_lease(chunk) for chunk in _repeated(raw, number))
+    if number != 1:
+        return tuple(_read_lease(chunk) for chunk in _repeated(raw, number))
+    leases, behind = _usual_leases(raw)
+    if behind < len(raw):
+        leases += [_read_lease(chunk) for chunk in _repeated(raw, number, behind)]
+    return tuple(leases)
+
+
+def _usual_leases(raw: bytes) -> tuple[list[LeaseRef], int]:
+    """Those at the beginning that are written as our encoder does, and the position behind them.
+
+    This and its like read in one pass what lies in most frames. They stop at whatever is written otherwise:
+    that, and all behind it, is to be read field by field.
+    """
+    leases: list[LeaseRef] = []
+    at, stop = 0, len(raw)
+    try:
+        while at < stop:
+            end, id_end = at + 2 + raw[at + 1], at + 4 + raw[at + 3]
+            fence = raw[end - 1]
+            # The sizes hold one byte each: nothing in it is longer than the whole.
+            if not raw[at] == raw[at + 2] == 0x0A or raw[id_end] != 0x10 or id_end + 2 != end:
+                break
+            if raw[at + 1] >= 0x80 or fence >= 0x80:
+                break
+            leases.append(lease_ref((raw[at + 4 : id_end].decode(), fence)))
+            at = end
+    except (IndexError, UnicodeDecodeError):
+        pass
+    return leases, at
 
 
 def _hello(frame: Hello) -> bytes:
@@ -213,9 +239,16 @@ def _read_progress(raw: bytes) -> TaskProgress:
     return TaskProgress(_str(values, 1), _int(values, 2), permille, _str(values, 4))
 
 
+def _result_field(result: Result) -> bytes:
+    id_, fence, status, *more = result
+    text = id_.encode()
+    size = len(text)
+    if more == PLAIN_END and size <= SHORT and fence < 0x80:
+        return b"\x0a%c\x0a%c%b\x10%c\x18%c" % (size + 6, size, text, fence, status)
+    return bytes_field(1, _result(result))
+
+
 def _result(result: Result) -> bytes:
-    if result[3:] == PLAIN_END:
-        return b"%b\x18%b" % (_lease(result.id, result.fence), varint(result.status))
     return (
         _lease(result.id, result.fence)
         + _number(3, result.status)
@@ -226,10 +259,34 @@ def _result(result: Result) -> bytes:
     )
 
 
+def _read_results(raw: bytes) -> Results:
+    results, behind = _usual_results(raw)
+    if behind < len(raw):
+        results += map(_read_result, _repeated(raw, 1, behind))
+    return Results(tuple(results))
+
+
+def _usual_results(raw: bytes) -> tuple[list[Result], int]:
+    """As `_usual_leases`, for results that say no more than their status."""
+    results: list[Result] = []
+    at, stop = 0, len(raw)
+    try:
+        while at < stop:
+            end, id_end = at + 2 + raw[at + 1], at + 4 + raw[at + 3]
+            fence = raw[id_end + 1]
+            if not raw[at] == raw[at + 2] == 0x0A or raw[id_end] != 0x10 or id_end + 4 != end:
+                break
+            if raw[at + 1] >= 0x80 or fence >= 0x80 or raw[end - 2] != 0x18:
+                break
+            status = _STATUSES[raw[end - 1]]
+            results.append(_result_of((raw[at + 4 : id_end].decode(), fence, status, "", "", None, None)))
+            at = end
+    except (IndexError, KeyError, UnicodeDecodeError):
+        pass
+    return results, at
+
+
 def _read_result(raw: bytes) -> Result:
-    id_, fence, behind = _usual_lease(raw)
-    if behind and len(raw) == behind + 2 and raw[behind] == 0x18 and (status := _STATUSES.get(raw[-1])):
-        return Result(id_, fence, status)
     values = _values(raw)
     number = _uint32(values, 3)
     if number not in _STATUSES:
@@ -246,42 +303,65 @@ def _read_result(raw: bytes) -> Result:
 
 
 _STATUSES = {status.value: status for status in ResultStatus if status}
-PLAIN_END = Result("", 0, ResultStatus.COMPLETE)[3:]  # of a result that says no more than its status
+PLAIN_END = ["", "", None, None]  # of a result that says no more than its status
+SHORT = 0x7F - 6  # bytes of an id, for the size of its result to be one byte
 
 
-def _assignment(item: Assignment) -> bytes:
-    id_, fence, activation, deadline_ms, expires_in_ms = item
-    return b"%b\x1a%b%b%b%b" % (
-        _lease(id_, fence),
-        varint(len(activation)),
-        activation,
-        _number(4, deadline_ms),
-        _optional(5, expires_in_ms),
-    )
+def _assignments(items: Iterable[Assignment]) -> bytes:
+    parts: list[bytes] = []
+    same_ms, deadline = 0, b""
+    for id_, fence, activation, deadline_ms, expires_in_ms in items:
+        if deadline_ms != same_ms:  # most are alike
+            same_ms, deadline = deadline_ms, _number(4, deadline_ms)
+        head = b"%b\x1a%b" % (_lease(id_, fence), varint(len(activation)))
+        tail = deadline if expires_in_ms is None else deadline + varint_field(5, expires_in_ms)
+        size = varint(len(head) + len(activation) + len(tail))
+        parts += (b"\x0a", size, head, activation, tail)
+    return b"".join(parts)
+
+
+def _read_assignments(raw: bytes) -> Assignments:
+    items, behind = _usual_assignments(raw)
+    others: dict[int, int | bytes] = {}
+    for number, wire_type, value, _, _ in fields(raw, behind):
+        if number == 1 and wire_type == LENGTH and isinstance(value, bytes):
+            items.append(_read_assignment(value))
+        elif wire_type in (VARINT, LENGTH):
+            others[number] = value
+    return Assignments(tuple(items), _int(others, 2))
+
+
+def _usual_assignments(raw: bytes) -> tuple[list[Assignment], int]:
+    """As `_usual_leases`, for assignments that do not expire."""
+    items: list[Assignment] = []
+    at, stop = 0, len(raw)
+    try:
+        while at < stop and raw[at] == 0x0A:
+            size, begin = read_varint(raw, at + 1, stop)
+            id_end = begin + 2 + raw[begin + 1]
+            fence, behind = raw[id_end + 1], id_end + 2
+            if fence >= 0x80:
+                fence, behind = read_varint(raw, id_end + 1, stop)
+            length, start = read_varint(raw, behind + 1, stop)
+            end = start + length
+            deadline_ms, next_at = read_varint(raw, end + 1, stop)
+            # With these four keys where they belong, the fields are as long as they say.
+            if (raw[begin], raw[id_end], raw[behind], raw[end]) != ASSIGNMENT_KEYS:
+                break
+            if next_at != begin + size or raw[begin + 1] >= 0x80:
+                break
+            id_ = raw[begin + 2 : id_end].decode()
+            items.append(_assignment_of((id_, fence, raw[start:end], deadline_ms, None)))
+            at = next_at
+    except (IndexError, Undecodable, UnicodeDecodeError):
+        pass
+    return items, at
+
+
+ASSIGNMENT_KEYS = (0x0A, 0x10, 0x1A, 0x20)
 
 
 def _read_assignment(raw: bytes) -> Assignment:
-    return _usual_assignment(raw) or _any_assignment(raw)
-
-
-def _usual_assignment(raw: bytes) -> Assignment | None:
-    """As our encoder writes one that does not expire; None: another one, or none at all."""
-    id_, fence, behind = _usual_lease(raw)
-    stop = len(raw)
-    try:
-        if not behind or raw[behind] != 0x1A:
-            return None
-        size, begin = read_varint(raw, behind + 1, stop)
-        end = begin + size
-        if raw[end] != 0x20:
-            return None
-        deadline_ms, behind = read_varint(raw, end + 1, stop)
-    except (IndexError, Undecodable):
-        return None
-    return Assignment(id_, fence, raw[begin:end], deadline_ms) if behind == stop else None
-
-
-def _any_assignment(raw: bytes) -> Assignment:
     values = _values(raw)
     activation = values.get(3, b"")
     if not isinstance(activation, bytes):
@@ -309,17 +389,6 @@ def _read_welcome(raw: bytes) -> Welcome:
     return Welcome(_uint32(values, 1), _str(values, 2), _uint32(values, 3), _int(values, 4))
 
 
-def _read_assignments(raw: bytes) -> Assignments:
-    items: list[Assignment] = []
-    others: dict[int, int | bytes] = {}
-    for number, wire_type, value, _, _ in fields(raw):
-        if number == 1 and wire_type == LENGTH and isinstance(value, bytes):
-            items.append(_read_assignment(value))
-        elif wire_type in (VARINT, LENGTH):
-            others[number] = value
-    return Assignments(tuple(items), _int(others, 2))
-
-
 def _read_stop(raw: bytes) -> Stop:
     number = _uint32(_values(raw), 2)
     known = number in (StopReason.CANCELLED, StopReason.LOST)
@@ -330,10 +399,10 @@ def _values(raw: bytes) -> dict[int, int | bytes]:
     return {number: value for number, wire_type, value, _, _ in fields(raw) if wire_type in (VARINT, LENGTH)}
 
 
-def _repeated(raw: bytes, wanted: int) -> list[bytes]:
+def _repeated(raw: bytes, wanted: int, start: int = 0) -> list[bytes]:
     return [
         value
-        for number, wire_type, value, _, _ in fields(raw)
+        for number, wire_type, value, _, _ in fields(raw, start)
         if number == wanted and wire_type == LENGTH and isinstance(value, bytes)
     ]
 
@@ -367,7 +436,7 @@ _WORKER_FRAMES: dict[int, Callable[[bytes], WorkerFrame]] = {
     1: _read_hello,
     2: _read_credit,
     3: lambda raw: Started(_read_leases(raw)),
-    4: lambda raw: Results(tuple(_read_result(chunk) for chunk in _repeated(raw, 1))),
+    4: _read_results,
     5: lambda raw: HandBack(_read_leases(raw)),
     6: lambda raw: Heartbeat(tuple(_read_progress(chunk) for chunk in _repeated(raw, 1))),
 }

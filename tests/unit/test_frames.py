@@ -17,7 +17,7 @@ from taskd.wire.frames_codec import (
     encode_worker_frame,
 )
 from taskd.wire.generated.taskd import v1
-from taskd.wire.protobuf import UINT64_MAX, bytes_field, text_field, varint_field
+from taskd.wire.protobuf import UINT64_MAX, bytes_field, fields, text_field, varint_field
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 
@@ -272,20 +272,69 @@ def test_mutated_and_truncated_frames(raw: bytes, mutations: list[tuple[int, int
     attempt(bytes(mutated[: length % len(mutated)]))
 
 
-@given(
-    st.sampled_from(["", "a", "å" * 40, "x" * 127, "x" * 128]),
-    st.sampled_from([0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, 2**64 - 1]),
-    st.binary(max_size=200),
-    st.integers(0, 2**40),
-    st.none() | st.integers(0, 2**20),
-    st.binary(max_size=3),
+ids = st.sampled_from(["", "a", "å" * 40, "x" * 121, "x" * 122, "x" * 127, "x" * 128])
+fences = st.sampled_from([0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, 2**64 - 1])
+some_results = st.builds(
+    frames.Result,
+    id=ids,
+    fence=fences,
+    status=st.sampled_from(sorted(set(ResultStatus) - {ResultStatus.UNSPECIFIED})),
+    reason=st.sampled_from(["", "why"]),
+    error=st.just(""),
+    max_attempts=st.sampled_from([None, 0, 3]),
+    delay_on_retry_s=st.none(),
 )
-def test_the_short_way_of_reading_reads_the_same(
-    id_: str, fence: int, activation: bytes, deadline_ms: int, expires_in_ms: int | None, more: bytes
+some_assignments = st.builds(
+    frames.Assignment,
+    id=ids,
+    fence=fences,
+    activation=st.binary(max_size=200),
+    processing_deadline_ms=st.integers(0, 2**40),
+    expires_in_ms=st.none() | st.integers(0, 2**20),
+)
+positions = st.integers(0, 10_000)
+
+
+@given(
+    st.lists(st.builds(LeaseRef, ids, fences), max_size=4),
+    st.lists(some_results, max_size=4),
+    st.lists(some_assignments, max_size=4),
+    st.lists(st.tuples(positions, st.integers(0, 255)), max_size=2),
+    st.binary(max_size=3),
+    positions,
+)
+def test_the_short_ways_of_reading_read_the_same(
+    some_leases: list[LeaseRef],
+    results: list[frames.Result],
+    items: list[frames.Assignment],
+    mutations: list[tuple[int, int]],
+    more: bytes,
+    length: int,
 ) -> None:
-    item = frames.Assignment(id_, fence, activation, deadline_ms, expires_in_ms)
-    assert frames_codec._read_assignment(frames_codec._assignment(item)) == item
-    assert frames_codec._read_lease(frames_codec._lease(id_, fence)) == item.lease
-    for raw in (frames_codec._assignment(item) + more, frames_codec._assignment(item)[: -len(more) or None]):
-        short = frames_codec._usual_assignment(raw)
-        assert short is None or short == frames_codec._any_assignment(raw)
+    codec = frames_codec
+    for short, general, raw in (
+        (codec._usual_leases, codec._read_lease, codec._leases(some_leases)),
+        (codec._usual_results, codec._read_result, b"".join(map(codec._result_field, results))),
+        (codec._usual_assignments, codec._read_assignment, codec._assignments(items)),
+    ):
+        mutated = bytearray(raw + more)
+        for position, byte in mutations:
+            mutated[position % (len(mutated) or 1) : position % (len(mutated) or 1) + 1] = bytes((byte,))
+        for written in (raw, raw + more, bytes(mutated), raw[: length % (len(raw) or 1)]):
+            read, behind = short(written)  # type: ignore[operator]
+            found = list(fields(written[:behind]))
+            assert [number for number, *_ in found] == [1] * len(found)
+            assert read == [general(value) for _, _, value, _, _ in found]  # type: ignore[operator]
+
+
+def test_the_short_ways_read_what_we_write() -> None:
+    """Or they would be no use, and nobody would notice."""
+    some = [LeaseRef("a" * 32, 1), LeaseRef("b" * 36, 127)]
+    done = tuple(frames.Result(*lease, ResultStatus.COMPLETE) for lease in some)
+    items = tuple(frames.Assignment(*lease, b"x" * 300, 10_000) for lease in some)
+    for short, raw, expected in (
+        (frames_codec._usual_leases, frames_codec._leases(some), some),
+        (frames_codec._usual_results, b"".join(map(frames_codec._result_field, done)), list(done)),
+        (frames_codec._usual_assignments, frames_codec._assignments(items), list(items)),
+    ):
+        assert short(raw) == (expected, len(raw))  # type: ignore[operator]
