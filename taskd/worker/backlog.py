@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
-from taskd.wire.frames import Assignment, LeaseRef
+from taskd.wire.frames import Assignment, LeaseRef, lease_ref
 from taskd.worker.results import DEFAULT_DEADLINE_MS, Account, Job
 from taskd.worker.routing import AsyncTasks
 
@@ -87,20 +87,23 @@ class Backlog:
         return self.accounts.setdefault(store_id, Account(store_id))
 
     def accept(self, account: Account, assignments: Iterable[Assignment], now: float) -> None:
-        for item in assignments:
-            expires_at = None if item.expires_in_ms is None else now + item.expires_in_ms / 1000
-            deadline_s = (item.processing_deadline_ms or DEFAULT_DEADLINE_MS) / 1000
-            job = Job(account, item.lease, item.activation, deadline_s, expires_at, now)
-            job.is_async = self.is_async(item.activation)
-            if self.async_tasks:
+        gives_back, looks = self._gives_back, bool(self.async_tasks)
+        for id_, fence, activation, deadline_ms, expires_in_ms in assignments:
+            expires_at = None if expires_in_ms is None else now + expires_in_ms / 1000
+            deadline_s = (deadline_ms or DEFAULT_DEADLINE_MS) / 1000
+            job = Job(account, lease_ref((id_, fence)), activation, deadline_s, expires_at, now)
+            if looks:
+                job.is_async = self.is_async(activation)
                 self.async_share += ASYNC_WEIGHT * (job.is_async - self.async_share)
             if not account.accept(job):
-                log.warning("assigned twice", id=item.id, fence=item.fence)
-            elif self._gives_back:
+                log.warning("assigned twice", id=id_, fence=fence)
+            elif gives_back:
                 account.hand_back(job)
+            elif job.is_async:
+                self._waiting_async.append(job)
             else:
-                self._queue(job).append(job)
-        self._on_news() if self._gives_back else self._on_work()
+                self._waiting.append(job)
+        self._on_news() if gives_back else self._on_work()
 
     def take(self, most: int, slots: int, now: float) -> list[Job]:
         """The next jobs for one of `slots`: its fair share, at most `most`, and only what may still start."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import structlog
 
 from taskd.telemetry import metrics
@@ -11,12 +14,33 @@ from taskd.worker.results import Job
 
 log = structlog.get_logger("taskd.worker")
 
+COMPLETE = pipe.Verdict(ResultStatus.COMPLETE)
+_completed = metrics.worker_tasks.labels("complete")
+_result_of = partial(tuple.__new__, Result)  # as frames.lease_ref
+
+
+def end_completed(jobs: Sequence[Job]) -> None:
+    """As `end`, for any number of jobs that completed: most do, and there is little to say of them."""
+    stopped_count = 0
+    for job in jobs:
+        if job.stopped and not job.broken_off:
+            stopped_count += 1
+            end(job, COMPLETE)
+        else:
+            id_, fence = job.lease
+            result = _result_of((id_, fence, ResultStatus.COMPLETE, "", "", None, None))
+            job.account.finish(job, result)
+    _completed.inc(len(jobs) - stopped_count)
+
 
 def end(job: Job, verdict: pipe.Verdict, *, quiet: bool = False) -> None:
     """Owe the store this outcome. Nothing of a job that was stopped: nobody waits for it any more.
 
     One that was broken off runs again, unless it completed all the same.
     """
+    if verdict == COMPLETE and not job.stopped:
+        end_completed((job,))
+        return
     if job.broken_off and verdict.status != ResultStatus.COMPLETE:
         verdict, quiet = pipe.Verdict(ResultStatus.INTERRUPTED, "drained", job.broken_off), False
     elif job.stopped and not job.broken_off:

@@ -99,9 +99,8 @@ class Account:
 
     def finish(self, job: Job, result: Result) -> None:
         """Keep the result until the store has it. A start nobody was told of yet is implied by it."""
-        lease = job.lease
-        self._end(lease)
-        self.untaken[lease] = result
+        self._end(job.lease)
+        self.untaken[job.lease] = result
         self._results.append(result)
 
     def crash(self, job: Job, result: Result) -> None:
