@@ -12,6 +12,7 @@ AROUND_S = 3e-5  # what a child needs around each task
 WEIGHT = 0.2  # of the newest duration in the average; forty quick tasks forget a slow one
 SHORTEST_S = 1e-6
 FEW = 8
+UNREAD_S = 0.02  # so young a task may have ended, and its report lies unread in the pipe
 
 
 class Pace:
@@ -30,12 +31,14 @@ class Pace:
         """How many activations may wait in the worker.
 
         `running_s`: for every slot, how long its task has been running, 0 when it is free. A
-        task that already takes longer than the average says more than the average does.
+        task that already takes longer than the average says more than the average does, once it is certain
+        that it does: each credit that shrinks is a recall to the broker, and the next one has to grow again.
         """
         if self.average_s is None:
             return 0
         average_s = max(self.average_s, SHORTEST_S)
-        return min(int(sum(PREFETCH_S / max(average_s, age_s) for age_s in running_s)), max_prefetch)
+        ages_s = (age_s if age_s >= UNREAD_S else 0.0 for age_s in running_s)
+        return min(int(sum(PREFETCH_S / max(average_s, age_s) for age_s in ages_s)), max_prefetch)
 
     def ahead(self) -> int:
         """How many activations may wait inside a child, behind the one it runs."""

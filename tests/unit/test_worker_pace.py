@@ -35,6 +35,11 @@ def test_a_task_that_is_still_running_counts_for_what_it_shows() -> None:
     assert paced(0.001).prefetch([10.0, 0.0], 256) == 50
 
 
+def test_a_task_whose_end_may_lie_unread_in_the_pipe_does_not_count() -> None:
+    assert paced(0.001).prefetch([0.019, 0.019], 256) == 100
+    assert paced(0.001).prefetch([0.05, 0.019], 256) == 51
+
+
 def test_one_slow_task_is_forgotten_after_some_quick_ones() -> None:
     pace = paced(10.0, *[0.0001] * 60)
     assert pace.prefetch([0, 0], 256) > 100
