@@ -22,23 +22,25 @@ def arrival_of(record: Record) -> Arrival:
         envelope = scan(record.value)
     except Undecodable as error:
         return undecodable(record, str(error))
+    partition, offset, _, key, value, _ = record
+    # In the order of its fields: by their names it takes three times as long, for every record.
     return Arrival(
-        id=envelope.id,
-        namespace=envelope.namespace,
-        taskname=envelope.taskname,
-        application=envelope.application,
-        received_at_ms=envelope.received_at_ms,
-        processing_deadline_s=envelope.processing_deadline_s,
-        expires_s=envelope.expires_s,
-        delay_s=envelope.delay_s,
-        attempts=envelope.attempts,
-        dead_letter=envelope.dead_letter,
-        at_most_once=envelope.at_most_once,
-        topic=record.partition.topic,
-        partition=record.partition.number,
-        offset=record.offset,
-        record_key=record.key,
-        activation=record.value,
+        envelope.id,
+        envelope.namespace,
+        envelope.taskname,
+        envelope.application,
+        envelope.received_at_ms,
+        envelope.processing_deadline_s,
+        envelope.expires_s,
+        envelope.delay_s,
+        envelope.attempts,
+        envelope.dead_letter,
+        envelope.at_most_once,
+        partition.topic,
+        partition.number,
+        offset,
+        key,
+        value,
     )
 
 

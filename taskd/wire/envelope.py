@@ -8,6 +8,7 @@ type is not the schema's. Absurd numbers are brought into range here, in one pla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from taskd.errors import Undecodable
 from taskd.wire.protobuf import (
@@ -15,6 +16,7 @@ from taskd.wire.protobuf import (
     VARINT,
     bytes_field,
     fields,
+    read_varint,
     signed,
     text_field,
     varint_field,
@@ -30,6 +32,7 @@ ON_ATTEMPTS_EXCEEDED_DISCARD = 1
 ON_ATTEMPTS_EXCEEDED_DEADLETTER = 2
 
 MAX_DURATION_S = 100 * 366 * 86_400  # a hundred years; sums with a time of day stay far inside 64 bits
+MAX_TIMESTAMP_S = 253_402_300_799  # end of the year 9999, the last a protobuf Timestamp may name
 MAX_ID_BYTES = 1_024
 MAX_NAME_BYTES = 1_024
 UINT32_MAX = 2**32 - 1
@@ -73,10 +76,80 @@ def scan(raw: bytes) -> Envelope:
 
     Raises Undecodable when the bytes are not a TaskActivation, or lack an id or a task name.
     """
+    return _usual(raw) or _any(raw)
+
+
+def _any(raw: bytes) -> Envelope:
     envelope = Envelope()
     for number, wire_type, value, _, _ in fields(raw):
         _read(envelope, number, wire_type, value)
     return _checked(envelope)
+
+
+# Each field's number with its wire type: the first byte of the field.
+_ID, _NAMESPACE, _TASKNAME, _HEADERS = 0x0A, 0x12, 0x1A, 0x2A
+_RECEIVED_AT, _RETRY_STATE, _APPLICATION, _PARAMETERS = 0x32, 0x3A, 0x62, 0x6A
+_PROCESSING_DEADLINE, _EXPIRES, _DELAY = 0x40, 0x48, 0x58
+_PASSED_OVER = frozenset((_HEADERS, _PARAMETERS))
+_LONGEST_NAME = max(MAX_ID_BYTES, MAX_NAME_BYTES)
+
+
+def _usual(raw: bytes) -> Envelope | None:
+    """In one pass, because every record of the log comes here; None: it has something unusual.
+
+    Unusual is a field that comes twice, has a number beyond 15 or a fixed width, and whatever is not right.
+    """
+    found: dict[int, int | bytes] = {}
+    position, stop = 0, len(raw)
+    try:
+        while position < stop:
+            key = raw[position]
+            size = raw[position + 1]  # or the value of a number
+            begin = position + 2
+            if size > 0x7F:
+                size, begin = read_varint(raw, position + 1, stop)
+            kind = key & 7
+            if kind == LENGTH:
+                position = begin + size
+                if key not in _PASSED_OVER:
+                    if key in found or size > _LONGEST_NAME:
+                        return None
+                    found[key] = raw[begin:position]
+            elif kind == VARINT and key not in found:
+                position = begin
+                found[key] = size
+            else:
+                return None
+            if not 8 <= key <= 0x7F:
+                return None
+        return _envelope(found) if position == stop else None
+    except (IndexError, Undecodable, UnicodeDecodeError):
+        return None
+
+
+def _envelope(found: dict[int, Any]) -> Envelope | None:
+    """Of fields by their first byte, each of which was found once."""
+    id_: bytes = found.get(_ID, b"")
+    taskname: bytes = found.get(_TASKNAME, b"")
+    if not id_ or not taskname:
+        return None
+    received_at = found.get(_RECEIVED_AT)
+    expires_s = found.get(_EXPIRES)
+    delay_s = found.get(_DELAY)
+    envelope = Envelope(
+        id_.decode(),
+        found.get(_NAMESPACE, b"").decode(),
+        taskname.decode(),
+        found.get(_APPLICATION, b"").decode(),
+        None if received_at is None else _usual_timestamp_ms(received_at),
+        min(found.get(_PROCESSING_DEADLINE, 0), MAX_DURATION_S),
+        None if expires_s is None else min(expires_s, MAX_DURATION_S),
+        None if delay_s is None else min(delay_s, MAX_DURATION_S),
+    )
+    if _RETRY_STATE in found:
+        _read_retry_state(envelope, found[_RETRY_STATE])
+        return _checked(envelope)
+    return envelope
 
 
 def scan_call(raw: bytes) -> CallBody:
@@ -168,7 +241,18 @@ def _text(value: bytes, name: str) -> str:
         raise Undecodable(f"the {name} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _timestamp_ms(raw: bytes, before_ms: int | None) -> int | None:
+def _usual_timestamp_ms(raw: bytes) -> int:
+    """Of a timestamp alone, with both of its fields in order where possible."""
+    if len(raw) > 2 and raw[0] == 0x08:
+        seconds, behind = read_varint(raw, 1, len(raw))
+        if raw[behind : behind + 1] == b"\x10" and seconds <= MAX_TIMESTAMP_S:
+            nanos, behind = read_varint(raw, behind + 1, len(raw))
+            if behind == len(raw) and nanos < 1_000_000_000:
+                return seconds * 1000 + nanos // 1_000_000
+    return _timestamp_ms(raw, None)
+
+
+def _timestamp_ms(raw: bytes, before_ms: int | None) -> int:
     seconds, nanos = divmod(before_ms or 0, 1000)
     nanos *= 1_000_000
     for number, wire_type, value, _, _ in fields(raw):
@@ -178,8 +262,7 @@ def _timestamp_ms(raw: bytes, before_ms: int | None) -> int | None:
         elif wire_type == VARINT and number == 2:
             assert isinstance(value, int)
             nanos = max(signed(value), 0)
-    limit = 253_402_300_799  # end of the year 9999, the last a protobuf Timestamp may name
-    return min(max(seconds, 0), limit) * 1000 + min(nanos, 999_999_999) // 1_000_000
+    return min(max(seconds, 0), MAX_TIMESTAMP_S) * 1000 + min(nanos, 999_999_999) // 1_000_000
 
 
 def _map_entry(raw: bytes) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from taskd.wire.envelope import (
     MAX_NAME_BYTES,
     CallBody,
     Envelope,
+    _any,
+    _usual,
     next_attempt,
     scan,
     scan_call,
@@ -422,3 +424,13 @@ def test_a_stretch_of_the_bytes() -> None:
         list(fields(raw, 0, inner + 3))
     with pytest.raises(Undecodable):
         list(fields(raw, 0, 2))
+
+
+@unhurried
+@given(activations, st.data())
+def test_the_short_way_of_scanning_is_the_long_one(message: TaskActivation, data: st.DataObject) -> None:
+    raw = bytes(message)
+    for damaged in (raw, raw[: data.draw(st.integers(0, len(raw)))], raw + data.draw(st.binary(max_size=6))):
+        usual = _usual(damaged)
+        if usual is not None:
+            assert usual == _any(damaged)
