@@ -8,11 +8,11 @@ from typing import TypeVar
 import trio
 
 from taskd.dispatch.roster import Roster
+from taskd.dispatch.rounds import Rounds, Wanted
 from taskd.errors import Refused, Undecodable
-from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, ReportStatus, Verdict
+from taskd.inflight.base import Lease, Ref, Report, ReportStatus
 from taskd.inflight.writer import Inflight
 from taskd.rpc.base import Reply, Services, Unary
-from taskd.telemetry import metrics
 from taskd.wire import consumer
 from taskd.wire.consumer import Filter, StatusUpdate
 
@@ -36,6 +36,7 @@ class UnaryDispatch:
         self, inflight: Inflight, roster: Roster, draining: trio.Event, *, hands_out: bool = True
     ) -> None:
         self._inflight = inflight
+        self._rounds = Rounds(inflight, draining)
         self._roster = roster
         self._draining = draining
         self._hands_out = hands_out
@@ -54,55 +55,43 @@ class UnaryDispatch:
             raise Refused(
                 "PERMISSION_DENIED", "this broker pushes its work to workers; start this one in push mode"
             )
-        if self._draining.is_set():
-            raise Refused("UNAVAILABLE", "the broker is stopping; ask another one")
+        self._refuse_while_draining()
         lease = await self._claim(wanted)
         if lease is None:
+            self._refuse_while_draining()
             raise Refused("NOT_FOUND", "No pending activations")
         return self._reply(lease)
 
     async def set_task_status(self, request: bytes) -> Reply:
         update = _decoded(consumer.decode_status_update, request)
-        await self._report([update])
-        lease = None
-        if update.fetch_next is not None and self._hands_out and not self._draining.is_set():
-            lease = await self._claim(update.fetch_next)
-        return self._reply(lease)
+        wanted = None
+        if update.fetch_next is not None and self._hands_out:
+            wanted = self._wanted(update.fetch_next)
+        return self._reply(await self._rounds.work(_reports([update]), wanted))
 
     async def set_batch_status(self, request: bytes) -> bytes:
-        await self._report(_decoded(consumer.decode_status_batch, request))
+        reports = _reports(_decoded(consumer.decode_status_batch, request))
+        if reports:
+            await self._rounds.work(reports)
         return b""
 
-    async def _report(self, updates: Sequence[StatusUpdate]) -> None:
-        for update in updates:
-            if update.status not in _STATUSES:
-                raise Refused(
-                    "INVALID_ARGUMENT",
-                    f"status {update.status} of {update.id!r} cannot be set; "
-                    f"expected {consumer.FAILURE} (FAILURE), {consumer.RETRY} (RETRY) or "
-                    f"{consumer.COMPLETE} (COMPLETE)",
-                )
-        order = list(_STATUSES)
-        reports = [_report(update) for update in sorted(updates, key=lambda u: order.index(u.status))]
-        if not reports:
-            return
-        verdicts = await self._inflight.report(reports)
-        for report, verdict in zip(reports, verdicts, strict=True):
-            metrics.results.labels("unary", report.status.value).inc()
-            if verdict is not Verdict.APPLIED:
-                metrics.superseded_results.inc()
+    def _refuse_while_draining(self) -> None:
+        if self._draining.is_set():
+            raise Refused("UNAVAILABLE", "the broker is stopping; ask another one")
 
-    async def _claim(self, wanted: Filter) -> Lease | None:
+    def _wanted(self, wanted: Filter) -> Wanted | None:
+        """None: nothing can be what is asked for."""
         if wanted.namespace is not None and wanted.application is None:
             return None
-        namespaces = () if wanted.namespace is None else (wanted.namespace,)
         self._roster.asked(wanted.application)
-        if not self._inflight.claimable(wanted.application, namespaces):
+        return Wanted(wanted.application, () if wanted.namespace is None else (wanted.namespace,))
+
+    async def _claim(self, filter_: Filter) -> Lease | None:
+        wanted = self._wanted(filter_)
+        # Who polls and finds nothing shall cost no transaction.
+        if wanted is None or not self._inflight.claimable(wanted.application, wanted.namespaces):
             return None
-        request = ClaimRequest(1, LeaseKind.UNARY, application=wanted.application, namespaces=namespaces)
-        leases = await self._inflight.claim(request)
-        metrics.claims.labels("unary").inc(len(leases))
-        return leases[0] if leases else None
+        return await self._rounds.work((), wanted)
 
     def _reply(self, lease: Lease | None) -> Reply:
         if lease is None:
@@ -112,6 +101,20 @@ class UnaryDispatch:
             await self._inflight.hand_back([Ref(lease.id, lease.fence)])
 
         return Reply(consumer.encode_task(lease.activation), undelivered=undo)
+
+
+def _reports(updates: Sequence[StatusUpdate]) -> list[Report]:
+    """In the order they are applied. Raises Refused when a status is none that can be set."""
+    for update in updates:
+        if update.status not in _STATUSES:
+            raise Refused(
+                "INVALID_ARGUMENT",
+                f"status {update.status} of {update.id!r} cannot be set; "
+                f"expected {consumer.FAILURE} (FAILURE), {consumer.RETRY} (RETRY) or "
+                f"{consumer.COMPLETE} (COMPLETE)",
+            )
+    order = list(_STATUSES)
+    return [_report(update) for update in sorted(updates, key=lambda u: order.index(u.status))]
 
 
 def _report(update: StatusUpdate) -> Report:

@@ -14,6 +14,7 @@ __all__ = [
     "MAX_CLAIM_BYTES",
     "Arrival",
     "ClaimRequest",
+    "Claimed",
     "Depth",
     "Description",
     "Inserted",
@@ -169,6 +170,13 @@ class Lease(NamedTuple):
     @property
     def ref(self) -> Ref:
         return Ref(self.id, self.fence)
+
+
+class Claimed(NamedTuple):
+    """What one of several claims found. `cut_short`: it met so much that may not go that it left the rest."""
+
+    leases: list[Lease]
+    cut_short: bool
 
 
 class Report(NamedTuple):

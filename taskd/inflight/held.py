@@ -21,13 +21,14 @@ MAX_REMEMBERED = 20_000  # some 7 MB; beyond, all are forgotten and their report
 
 
 class HeldRow(NamedTuple):
-    """One row as it was handed out on the stream. `started`: its holder said so."""
+    """One row as it was handed out. `started`: its holder said so; `by_id`: it names no fence."""
 
     row: int
     lane: int
     fence: int
     received_at_ms: int
     started: bool = False
+    by_id: bool = False
 
 
 class HeldRows:
@@ -45,9 +46,12 @@ class HeldRows:
         self._rows.pop(id_, None)
 
     def has(self, id_: str, fence: int | None) -> bool:
-        """Whether it was handed out under this fence, and nothing newer is known of it."""
+        """Whether it was handed out under this fence, and nothing newer is known of it.
+
+        None: to somebody who names none.
+        """
         found = self._rows.get(id_)
-        return found is not None and found.fence == fence
+        return found is not None and (found.fence == fence or (fence is None and found.by_id))
 
     def has_not_started(self, id_: str, fence: int) -> bool:
         found = self._rows.get(id_)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from taskd.activation.lifecycle import HELD, LEAVING, Event, Status
 from taskd.clock import Now
 from taskd.inflight.base import (
+    Claimed,
     ClaimRequest,
     Lease,
     LeaseKind,
@@ -169,6 +170,16 @@ class Leases:
         self.cut_short = claim.cut_short or self._gated.cut_short
         return claim.leases
 
+    def claim_each(self, request: ClaimRequest, now: Now) -> Claimed:
+        """As many claims of one row would lease one after the other, `request.limit` of them."""
+        leases: list[Lease] = []
+        while len(leases) < request.limit:  # a claim takes from a lane what its share is, and may leave some
+            more = self.claim(replace(request, limit=request.limit - len(leases)), now)
+            if not more:
+                return Claimed(leases, self.cut_short)
+            leases += more
+        return Claimed(leases, cut_short=False)
+
     def _claim_in_lane(self, lane: Lane, share: int, claim: Claim) -> bool:
         """Lease up to `share` rows of one lane. Whether it has more for this claim."""
         if claim.is_over or not claim.left:
@@ -274,9 +285,11 @@ class Leases:
             self._lease(others, (None, 0, 0, None, None), request)
         if request.kind is LeaseKind.UNARY:
             store.measure_since("received_to_started", (row.received_at_ms for row in rows), now)
-        if request.kind is LeaseKind.STREAM:
+        if request.kind is not LeaseKind.PUSH:
+            is_unary = request.kind is LeaseKind.UNARY  # then it is named without its fence, and has started
             self._held.remember(
-                (row.id, HeldRow(row.row, lane.number, fence, row.received_at_ms)) for row, fence in fenced
+                (row.id, HeldRow(row.row, lane.number, fence, row.received_at_ms, is_unary, is_unary))
+                for row, fence in fenced
             )
         claim.leases += [claim.lease(row, fence) for row, fence in fenced]
         claim.left_bytes -= sum(len(row.activation) for row in rows)

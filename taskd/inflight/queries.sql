@@ -142,7 +142,7 @@ WHERE row = CAST(leases.key AS INTEGER) AND lane = ? AND fence = leases.value AN
 
 -- name: complete_held
 UPDATE inflight SET status = 12, outcome = 'complete', attempts = attempts + 1 - counted,
-  started_at_ms = CASE started WHEN 1 THEN started_at_ms ELSE ? END, finished_at_ms = ?,
+  started_at_ms = iif(started OR lease_kind = 1, started_at_ms, ?), finished_at_ms = ?,
   activation = NULL, record_key = NULL, holder = NULL, lease_end_mono_ms = NULL
 FROM json_each(?) AS leases
 WHERE row = CAST(leases.key AS INTEGER) AND lane = ? AND fence = leases.value AND status = 5

@@ -20,6 +20,7 @@ from taskd.groupcommit import Committer, InlineCommitter, OnBatch, Pending, open
 from taskd.inflight.arrivals import Arrivals
 from taskd.inflight.base import (
     Arrival,
+    Claimed,
     ClaimRequest,
     Depth,
     Description,
@@ -176,10 +177,33 @@ class Inflight:
 
     async def report(self, reports: Sequence[Report]) -> list[Verdict]:
         verdicts = await self._submit(lambda now: self._leases.report(reports, now))
+        self._forget_progress(reports, verdicts)
+        return verdicts
+
+    async def report_and_claim(
+        self, reports: Sequence[Report], requests: Sequence[ClaimRequest]
+    ) -> tuple[list[Verdict], list[Claimed]]:
+        """Both as one write, reports first; either all of it is durable, or nothing.
+
+        A claim that was cut short may find more by `claim`. In trouble, claims find nothing.
+        """
+
+        def write(now: Now) -> tuple[list[Verdict], list[Claimed], int]:
+            verdicts = self._leases.report(reports, now) if reports else []
+            if self.trouble:
+                return verdicts, [Claimed([], cut_short=False) for _ in requests], now.mono_ms
+            return verdicts, [self._leases.claim_each(request, now) for request in requests], now.mono_ms
+
+        verdicts, claims, looked_ms = await self._submit(write)
+        self._forget_progress(reports, verdicts)
+        if requests:
+            self._expect_token(looked_ms)
+        return verdicts, claims
+
+    def _forget_progress(self, reports: Sequence[Report], verdicts: Sequence[Verdict]) -> None:
         self._progress.forget(
             report.id for report, verdict in zip(reports, verdicts, strict=True) if verdict is Verdict.APPLIED
         )
-        return verdicts
 
     async def heartbeat(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         """These tasks are alive: their deadlines move, and what they say of themselves can be asked for."""

@@ -68,8 +68,10 @@ async def hold(inflight: Inflight, *ids: str, holder: str = "w1") -> list[Ref]:
     return [lease.ref for lease in await claim(inflight, len(ids), holder)]
 
 
-async def claim(inflight: Inflight, limit: int, holder: str = "w1") -> Sequence[Any]:
-    return await inflight.claim(ClaimRequest(limit, LeaseKind.STREAM, holder=holder))
+async def claim(
+    inflight: Inflight, limit: int, holder: str = "w1", kind: LeaseKind = LeaseKind.STREAM
+) -> Sequence[Any]:
+    return await inflight.claim(ClaimRequest(limit, kind, holder=holder))
 
 
 def reports(refs: Sequence[Ref], status: ReportStatus = COMPLETE) -> list[Report]:
@@ -161,6 +163,49 @@ async def test_more_than_are_remembered(store: Inflight, monkeypatch: pytest.Mon
     assert await store.report(reports(refs)) == [APPLIED] * 4
 
 
+async def test_unary_leases_that_complete_together_started_when_they_were_handed_out(
+    store: Inflight, clock: StoppedClock
+) -> None:
+    changes: list[Changes] = []
+    await store.insert([arrival(id_) for id_ in ("a", "b", "stream")])
+    began_ms = clock.wall_ms
+    unary = [lease.id for lease in await claim(store, 2, kind=LeaseKind.UNARY)]
+    streamed = [lease.id for lease in await claim(store, 1)]
+    clock.wall_ms += 500
+    store.observers.append(changes.append)
+    said = [Report(id_, None, COMPLETE) for id_ in (*unary, *streamed)]
+    assert await store.report(said) == [APPLIED, APPLIED, SUPERSEDED]  # a stream's result names its fence
+    (change,) = changes
+    assert change.durations_ms["received_to_finished"] == [1_500] * 2
+    assert not change.durations_ms["received_to_started"]
+    query = "SELECT started_at_ms, finished_at_ms, attempts FROM inflight WHERE status = 12"
+    assert list(store._store.db.execute(query)) == [(began_ms, began_ms + 500, 1)] * 2
+
+
+async def test_reports_and_claims_are_one_write(store: Inflight) -> None:
+    changes: list[Changes] = []
+    await store.insert([arrival(f"{n}") for n in range(6)])
+    (first,) = await claim(store, 1, kind=LeaseKind.UNARY)
+    store.observers.append(changes.append)
+    wanted = ClaimRequest(2, LeaseKind.UNARY)
+    other = ClaimRequest(9, LeaseKind.UNARY, application="nobody's")
+    said = [Report(first.id, None, COMPLETE), Report("never heard of", None, COMPLETE)]
+    verdicts, (found, nothing) = await store.report_and_claim(said, [wanted, other])
+    assert verdicts == [APPLIED, UNKNOWN]
+    assert [lease.id for lease in found.leases] == ["1", "2"]
+    assert nothing.leases == []
+    assert len(changes) == 1
+
+
+async def test_in_trouble_reports_are_tried_and_nothing_is_claimed(store: Inflight) -> None:
+    await store.insert([arrival("a"), arrival("b")])
+    await claim(store, 1, kind=LeaseKind.UNARY)
+    store._store.trouble = "the disk is full"
+    said = [Report("a", None, COMPLETE)]
+    verdicts, (found,) = await store.report_and_claim(said, [ClaimRequest(1, LeaseKind.UNARY)])
+    assert (verdicts, found.leases) == ([APPLIED], [])
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_together_or_one_by_one_is_the_same(tmp_path: Path, clock: StoppedClock, seed: int) -> None:
     pick = Random(seed)
@@ -183,13 +228,18 @@ async def test_together_or_one_by_one_is_the_same(tmp_path: Path, clock: Stopped
                         new = [arrival(n, at_most_once=once, namespace=f"n{step % 2}") for n in names]
                         results.append(repr(await store.insert(new)))
                     case "claim":
-                        leases = await claim(store, 6, "w1" if step % 2 else "w2")
+                        kind = LeaseKind.STREAM if step % 3 else LeaseKind.UNARY
+                        leases = await claim(store, 6, "w1" if step % 2 else "w2", kind)
                         results.append([lease.ref for lease in leases])
                     case "start":
                         results.append(await store.start(some))
                     case "report":
                         statuses = Random(step).choices([*ReportStatus, *[COMPLETE] * 20], k=len(some))
-                        said = [Report(r.id, r.fence, s) for r, s in zip(some, statuses, strict=True)]
+                        by_id = Random(-step).choices([True, False], k=len(some))
+                        said = [
+                            Report(r.id, None if named else r.fence, s)
+                            for r, s, named in zip(some, statuses, by_id, strict=True)
+                        ]
                         results.append(await store.report(said))
                     case "back":
                         results.append(await store.hand_back(some[:2]))
