@@ -174,9 +174,9 @@ class Session:
         said_goodbye = False
         with self._scope:
             try:
-                lost = await inflight.reconcile(hello.worker_id, _refs(holding)) if knows_us else 0
+                lost = await inflight.reconcile(hello.worker_id, holding) if knows_us else 0
                 worker.info("worker connected", holding=len(holding), lost_on_the_way=lost)
-                self.stop(await inflight.lost(_refs(holding)), StopReason.LOST)
+                self.stop(await inflight.lost(holding), StopReason.LOST)
                 if not self._dispatch.hands_out:
                     worker.warning("this worker gets nothing: dispatch.mode is push")
                 await self._send(
@@ -289,9 +289,8 @@ class Session:
                 # From here on the worker may have it; what it never got, its next hello tells.
                 sent = True
                 self._sent += len(leases)
-                items = tuple(map(_assignment, leases))
                 await self._stream.send(
-                    frames_codec.encode_broker_frame(frames.Assignments(items, credit.number))
+                    frames_codec.encode_broker_frame(frames.Assignments(tuple(leases), credit.number))
                 )
             metrics.claims.labels("stream").inc(len(leases))
         finally:
@@ -304,8 +303,8 @@ class Session:
             await self._stops.wait()
             to_stop, self._to_stop = self._to_stop, {}
             for reason in sorted(set(to_stop.values())):
-                refs = (LeaseRef(ref.id, ref.fence) for ref, why in to_stop.items() if why is reason)
-                await self._send(frames.Stop(tuple(refs), reason))
+                refs = tuple(ref for ref, why in to_stop.items() if why is reason)
+                await self._send(frames.Stop(refs, reason))
 
     async def _announce_drain(self) -> None:
         await self._dispatch.draining.wait()
@@ -329,7 +328,7 @@ class Session:
                     await self._in_work.acquire()
                     nursery.start_soon(self._results, results)
                 case frames.HandBack(leases=leases):
-                    await self._inflight.hand_back(_refs(leases))
+                    await self._inflight.hand_back(leases)
                 case frames.Heartbeat(tasks=tasks):
                     if tasks:
                         await self._in_work.acquire()
@@ -339,8 +338,7 @@ class Session:
 
     async def _started(self, leases: tuple[LeaseRef, ...]) -> None:
         try:
-            refs = _refs(leases)
-            await self._end_lost(refs, await self._inflight.start(refs))
+            await self._end_lost(leases, await self._inflight.start(leases))
         finally:
             self._in_work.release()
 
@@ -360,9 +358,14 @@ class Session:
 
     async def _results(self, results: tuple[frames.Result, ...]) -> None:
         try:
-            verdicts = await self._inflight.report([_report(result) for result in results])
-            for status, count in Counter(result.status for result in results).items():
-                metrics.results.labels("stream", status.name.lower()).inc(count)
+            leases = [frames.lease_ref(result[:2]) for result in results]
+            if all(result.status is frames.ResultStatus.COMPLETE for result in results):
+                verdicts = await self._inflight.complete(leases)
+                metrics.results.labels("stream", "complete").inc(len(results))
+            else:
+                verdicts = await self._inflight.report([_report(result) for result in results])
+                for status, count in Counter(result.status for result in results).items():
+                    metrics.results.labels("stream", status.name.lower()).inc(count)
             if verdicts.count(Verdict.APPLIED) < len(verdicts):
                 late = [
                     result.id
@@ -372,17 +375,9 @@ class Session:
                 metrics.superseded_results.inc(len(late))
                 worker = self._hello.worker_id
                 log.info("late results refused", worker=worker, count=len(late), ids=late[:NAMED_AT_MOST])
-            await self._send(frames.Taken(tuple(LeaseRef(*result[:2]) for result in results)))
+            await self._send(frames.Taken(tuple(leases)))
         finally:
             self._in_work.release()
-
-
-def _refs(leases: tuple[LeaseRef, ...]) -> list[Ref]:
-    return [Ref(id_, fence) for id_, fence in leases]
-
-
-def _assignment(lease: Lease) -> frames.Assignment:
-    return frames.Assignment(lease.id, lease.fence, lease.activation, lease.deadline_ms, lease.expires_in_ms)
 
 
 def _report(result: frames.Result) -> Report:

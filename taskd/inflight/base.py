@@ -9,6 +9,7 @@ from typing import NamedTuple
 from taskd.activation.lifecycle import Status
 from taskd.inflight.known import KnownTasks
 from taskd.inflight.limits import LimitRule
+from taskd.wire.frames import Assignment, LeaseRef
 
 __all__ = [
     "MAX_CLAIM_BYTES",
@@ -151,25 +152,21 @@ class ClaimRequest:
     known_to_any: KnownTasks | None = None
 
 
-class Ref(NamedTuple):
-    """One lease: the hand-out of `id` under `fence`."""
-
-    id: str
-    fence: int
+Ref = LeaseRef  # one lease: the hand-out of `id` under `fence`
 
 
-class Lease(NamedTuple):
-    """One activation handed out. Durations in milliseconds."""
+class Lease(Assignment):
+    """One activation handed out, just as it is told to a worker. Durations in milliseconds."""
 
-    id: str
-    fence: int
-    activation: bytes
-    deadline_ms: int
-    expires_in_ms: int | None
+    __slots__ = ()
 
     @property
     def ref(self) -> Ref:
-        return Ref(self.id, self.fence)
+        return self.lease
+
+    @property
+    def deadline_ms(self) -> int:
+        return self.processing_deadline_ms
 
 
 class Claimed(NamedTuple):

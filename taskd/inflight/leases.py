@@ -7,11 +7,11 @@ the row's newest is superseded: somebody else has, or had, the row since.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import compress, groupby, repeat
 
 from taskd.activation.lifecycle import HELD, LEAVING, Event, Status
 from taskd.clock import Now
@@ -27,7 +27,7 @@ from taskd.inflight.base import (
 )
 from taskd.inflight.departures import Departures
 from taskd.inflight.gated import Claimable, GatedLanes
-from taskd.inflight.held import HeldRow, HeldRows
+from taskd.inflight.held import HeldRows
 from taskd.inflight.limiting import Limiting
 from taskd.inflight.limits import LimitState
 from taskd.inflight.sqlite import Lane, SqliteStore
@@ -40,18 +40,9 @@ MAX_REASON_CHARS = 64  # of the word that names a reason
 WITHOUT_FENCE = frozenset({LeaseKind.UNARY, LeaseKind.PUSH})  # these holders report by id alone
 
 
-class Waiting(NamedTuple):
-    """One row as a claim sees it; the columns of `waiting_in_lane`."""
-
-    row: int
-    id: str
-    activation: bytes
-    deadline_ms: int
-    expires_at_ms: int | None
-    at_most_once: int
-    dead_letter: int
-    received_at_ms: int
-    taskname: str
+# One row as a claim sees it, as `waiting_in_lane` has it: row, id, activation, deadline_ms, expires_at_ms,
+# at_most_once, dead_letter, received_at_ms, taskname. No class: one is read for each hand-out.
+Waiting = tuple[int, str, bytes, int, int | None, int, int, int, str]
 
 
 @dataclass(slots=True)
@@ -75,25 +66,27 @@ class Claim:
         """So much was expired that the rest is left for another transaction."""
         return self.expired >= MAX_EXPIRED_PER_CLAIM
 
-    def expires_in_ms(self, row: Waiting) -> int | None:
+    def expires_in_ms(self, expires_at_ms: int | None) -> int | None:
         """None: not by itself."""
-        if row.expires_at_ms is None or not self.now.may_expire:
+        if expires_at_ms is None or not self.now.may_expire:
             return None
-        return row.expires_at_ms - self.now.wall_ms
+        return expires_at_ms - self.now.wall_ms
 
-    def lease(self, row: Waiting, fence: int) -> Lease:
-        expires_in_ms = None if row.expires_at_ms is None else self.expires_in_ms(row)
-        return Lease(row.id, fence, row.activation, row.deadline_ms, expires_in_ms)
+    def fitting(self, rows: Iterable[Waiting], known: frozenset[str] | None = None) -> list[Waiting]:
+        """Those at the head that fit in what is left of bytes and of what may be at most once.
 
-    def fitting(self, rows: Iterable[Waiting]) -> list[Waiting]:
-        """Those at the head that fit in what is left of bytes and of what may be at most once."""
+        Raises _PassesOver at the first whose task is not among `known`, None: all are.
+        """
         fits: list[Waiting] = []
         left_bytes, left_once = self.left_bytes, self.left_at_most_once
         for row in rows:
-            left_bytes -= len(row.activation)
+            _, _, activation, _, _, at_most_once, _, _, taskname = row
+            if known is not None and taskname not in known:
+                raise _PassesOver
+            left_bytes -= len(activation)
             if left_bytes < 0 and (fits or self.leases):
                 break
-            if row.at_most_once and left_once is not None:
+            if at_most_once and left_once is not None:
                 if not left_once:
                     self.is_over = True
                     break
@@ -133,16 +126,11 @@ class Leased:
         self.dead_letter = bool(self.dead_letter)
 
 
+_lease_of = partial(tuple.__new__, Lease)  # as frames.lease_ref
+
+
 class _PassesOver(Exception):
     """Among the rows is one that the claimant does not know."""
-
-
-def _none_unknown(cursor: Iterable[Sequence[Any]], claimable: Claimable) -> Iterator[Waiting]:
-    for values in cursor:
-        row = Waiting(*values)
-        if claimable.is_unknown(row.taskname):
-            raise _PassesOver
-        yield row
 
 
 class Leases:
@@ -188,11 +176,11 @@ class Leases:
         if not wanted:
             return False
         rows, looked = self._waiting(lane, wanted, claim)
-        if not rows or not self._limiting.may_go(lane, rows[0].taskname, claim.now):
+        if not rows or not self._limiting.may_go(lane, rows[0][-1], claim.now):
             return False  # none that may go, or too large for what is left: this lane keeps its turn
         left = claim.left
         self._hand_out(lane, self._not_expired(lane, rows, claim), claim)
-        self._limiting.handed_out(lane, left - claim.left, rows[0].taskname, claim.now)
+        self._limiting.handed_out(lane, left - claim.left, rows[0][-1], claim.now)
         self._turn_over(lane)
         if looked and claim.left < left:
             return False  # one look in a claim where rows are passed over: it may be long
@@ -243,20 +231,19 @@ class Leases:
         if not self._gated.passes_over(lane, claimable):
             cursor = self._store.run("waiting_in_lane", lane.number, wanted)
             with closing(cursor), suppress(_PassesOver):
-                return claim.fitting(_none_unknown(cursor, claimable)), False
+                return claim.fitting(cursor, claimable.known), False
         rows = self._gated.rows(lane, wanted, claim.now, claimable)
-        return claim.fitting(Waiting(*values) for values in rows), True
+        return claim.fitting(rows), True
 
     def _not_expired(self, lane: Lane, rows: list[Waiting], claim: Claim) -> list[Waiting]:
         """Those that may still run. What is too late is taken out on the way."""
         late: list[Waiting] = []
         rest: list[Waiting] = []
         for row in rows:
-            left_ms = None if row.expires_at_ms is None else claim.expires_in_ms(row)
+            left_ms = None if row[4] is None else claim.expires_in_ms(row[4])
             (rest if left_ms is None or left_ms > 0 else late).append(row)
-        for row in late:
-            dead_letter = bool(row.dead_letter)
-            self._departures.expire(row.row, lane.number, Status.PENDING, dead_letter, claim.now)
+        for number, *_, dead_letter, _, _ in late:
+            self._departures.expire(number, lane.number, Status.PENDING, bool(dead_letter), claim.now)
         claim.expired += len(late)
         claim.is_over |= claim.cut_short
         return rest
@@ -266,44 +253,50 @@ class Leases:
         if not rows:
             return
         store, request, now = self._store, claim.request, claim.now
-        fenced = list(zip(rows, store.next_fences(len(rows), now), strict=True))
-        numbers = [row.row for row in rows]
+        fences = store.next_fences(len(rows), now)
+        numbers, ids, activations, deadlines_ms, expires_at_ms, once, _, received_at_ms, _ = zip(
+            *rows, strict=True
+        )
+        fence_of = dict(zip(numbers, fences, strict=True))
         if request.kind is LeaseKind.PUSH:
             store.move_all(numbers, lane.number, Status.PENDING, Event.CLAIMED)
             end_ms = now.mono_ms + store.policy.claim_ms
-            fences = {row.row: fence for row, fence in fenced}
-            store.run("claim", request.kind, end_ms, json.dumps(fences))
+            store.run("claim", request.kind, end_ms, json.dumps(fence_of))
         else:
             store.move_all(numbers, lane.number, Status.PENDING, Event.HANDED_OUT)
-            # Unary calls have no START, and at most once the hand-out is the START: both count now.
-            is_unary = request.kind is LeaseKind.UNARY
-            counted = {row.row: fence for row, fence in fenced if is_unary or row.at_most_once}
-            others = {row.row: fence for row, fence in fenced if row.row not in counted}
-            self._lease(
-                counted, (now.mono_ms + store.policy.grace_ms, 1, 1, now.wall_ms, now.mono_ms), request
-            )
-            self._lease(others, (None, 0, 0, None, None), request)
+            self._lease(fence_of, once, claim)
         if request.kind is LeaseKind.UNARY:
-            store.measure_since("received_to_started", (row.received_at_ms for row in rows), now)
+            store.measure_since("received_to_started", received_at_ms, now)
         if request.kind is not LeaseKind.PUSH:
-            is_unary = request.kind is LeaseKind.UNARY  # then it is named without its fence, and has started
-            self._held.remember(
-                (row.id, HeldRow(row.row, lane.number, fence, row.received_at_ms, is_unary, is_unary))
-                for row, fence in fenced
-            )
-        claim.leases += [claim.lease(row, fence) for row, fence in fenced]
-        claim.left_bytes -= sum(len(row.activation) for row in rows)
+            started = request.kind is LeaseKind.UNARY
+            said_of = zip(ids, repeat(None) if started else fences, strict=False)
+            held = zip(numbers, repeat(lane.number), fences, received_at_ms, repeat(started), strict=False)
+            self._held.remember(zip(said_of, held, strict=False))
+        expires_in_ms: Iterable[int | None] = expires_at_ms
+        if expires_at_ms.count(None) < len(rows):
+            expires_in_ms = map(claim.expires_in_ms, expires_at_ms)
+        leases = zip(ids, fences, activations, deadlines_ms, expires_in_ms, strict=True)
+        claim.leases += map(_lease_of, leases)
+        claim.left_bytes -= sum(map(len, activations))
 
-    def _lease(self, fences: dict[int, int], begun: tuple[int | None, ...], request: ClaimRequest) -> None:
-        if fences:
-            self._store.run("hand_out", request.kind, request.holder, *begun, json.dumps(fences))
+    def _lease(self, fences: dict[int, int], at_most_once: Sequence[int], claim: Claim) -> None:
+        """Lease these rows, given with their fences."""
+        store, request, now = self._store, claim.request, claim.now
+        # Unary calls have no START, and at most once the hand-out is the START: both count now.
+        is_unary = request.kind is LeaseKind.UNARY
+        counted = fences if is_unary else {row: fences[row] for row in compress(fences, at_most_once)}
+        others = {row: fence for row, fence in fences.items() if row not in counted} if counted else fences
+        begun = (now.mono_ms + store.policy.grace_ms, 1, 1, now.wall_ms, now.mono_ms)
+        for values, those in ((begun, counted), ((None, 0, 0, None, None), others)):
+            if those:
+                store.run("hand_out", request.kind, request.holder, *values, json.dumps(those))
 
     # ---- what the holder says
 
     def start(self, refs: Sequence[Ref], now: Now) -> list[Verdict]:
         """The holder began: the attempt counts, the deadline runs."""
         verdicts: list[Verdict] = []
-        for is_plain, group in groupby(refs, lambda ref: self._held.has_not_started(ref.id, ref.fence)):
+        for is_plain, group in groupby(refs, self._held.has_not_started):
             together = list(group)
             if is_plain and self._held.start(together, now):
                 verdicts += [Verdict.APPLIED] * len(together)
@@ -328,22 +321,28 @@ class Leases:
         leased.attempts += not leased.counted
         leased.counted = leased.started = True
 
+    def complete(self, refs: Sequence[Ref], now: Now) -> list[Verdict]:
+        """The work of these is done: as `report` of each, cheaper."""
+        if self._held.complete(refs, now):
+            return [Verdict.APPLIED] * len(refs)
+        return self.report([Report(id_, fence, ReportStatus.COMPLETE) for id_, fence in refs], now)
+
     def report(self, reports: Sequence[Report], now: Now) -> list[Verdict]:
         """Outcomes of leases. A late one counts as long as nobody else was given the row."""
         verdicts: list[Verdict] = []
         for is_plain, group in groupby(reports, self._is_plain):
             together = list(group)
-            if is_plain and self._held.complete(together, now):
+            if is_plain and self._held.complete([report[:2] for report in together], now):
                 verdicts += [Verdict.APPLIED] * len(together)
             else:
                 verdicts += [self._report(report, now) for report in together]
         return verdicts
 
     def _is_plain(self, report: Report) -> bool:
-        return report.status is ReportStatus.COMPLETE and self._held.has(report.id, report.fence)
+        return report.status is ReportStatus.COMPLETE and self._held.has(report[:2])
 
     def _report(self, report: Report, now: Now) -> Verdict:
-        self._held.forget(report.id)
+        self._held.forget(report[:2])
         leased = self._find(report.id)
         if leased is None:
             return Verdict.UNKNOWN
@@ -399,7 +398,7 @@ class Leases:
         return [self._hand_back(ref) for ref in refs]
 
     def _hand_back(self, ref: Ref) -> Verdict:
-        self._held.forget(ref.id)
+        self._held.forget(ref)
         leased = self._find(ref.id)
         if leased is None:
             return Verdict.UNKNOWN
@@ -444,9 +443,9 @@ class Leases:
         return len(overdue)
 
     def _end_by_id(self, id_: str, now: Now, why: str) -> None:
-        self._held.forget(id_)
         leased = self._find(id_)
         assert leased is not None  # read in this very transaction
+        self._held.forget((id_, None if leased.kind == LeaseKind.UNARY else leased.fence))
         self._end(leased, now, "deadline", why)
 
     def _crash(self, leased: Leased, now: Now, error: str) -> None:

@@ -175,6 +175,14 @@ class Inflight:
     async def start(self, refs: Sequence[Ref]) -> list[Verdict]:
         return await self._submit(lambda now: self._leases.start(refs, now))
 
+    async def complete(self, refs: Sequence[Ref]) -> list[Verdict]:
+        """As `report`, of work that is done and nothing more to say of it."""
+        verdicts = await self._submit(lambda now: self._leases.complete(refs, now))
+        self._progress.forget(
+            ref.id for ref, verdict in zip(refs, verdicts, strict=True) if verdict is Verdict.APPLIED
+        )
+        return verdicts
+
     async def report(self, reports: Sequence[Report]) -> list[Verdict]:
         verdicts = await self._submit(lambda now: self._leases.report(reports, now))
         self._forget_progress(reports, verdicts)

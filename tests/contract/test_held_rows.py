@@ -112,6 +112,15 @@ async def test_of_two_reports_of_one_lease_the_first_counts(store: Inflight) -> 
     assert await store.report([third._replace(status=FAILURE), third]) == [APPLIED, SUPERSEDED]
 
 
+async def test_what_is_plainly_complete_is_what_would_be_reported_of_each(store: Inflight) -> None:
+    old, other = await hold(store, "a", "b")
+    assert await store.complete([other, other, Ref("nobody", 1)]) == [APPLIED, UNKNOWN, UNKNOWN]
+    await store.hand_back([old])
+    (new,) = await claim(store, 1, "w2")
+    assert await store.complete([old, new.ref]) == [SUPERSEDED, APPLIED]
+    assert [d.outcome for d in await store.describe(["a", "b"])] == ["complete"] * 2
+
+
 async def test_an_older_fence_is_superseded_among_others_that_count(store: Inflight) -> None:
     old, other = await hold(store, "a", "b")
     await store.hand_back([old])
