@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from taskd.wire.generated.sentry_protos.taskbroker.v1 import (
     TaskActivation,
     TaskActivationStatus,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))  # shared modules; importlib mode adds none
 
 TOPIC, DLQ = "taskd", "taskd-dlq"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
+from slow_children import SlowSpawner, open_stream
 from trio.testing import MockClock
 
 import taskd.worker.entry_pipe as pipe
@@ -16,104 +17,10 @@ from taskd.activation.lifecycle import Status
 from taskd.config.schema import PoolSection
 from taskd.errors import PeerUnavailable
 from taskd.rpc.base import ClientStream
-from taskd.wire.envelope import scan
-from taskd.wire.frames import ResultStatus
-from taskd.worker.child import Child, ChildGone, Piece
-from taskd.worker.output import Whose, nobody
 from taskd.worker.pool import Pool, run_pool
 
 Broker = Any
-DONE = pipe.Verdict(int(ResultStatus.COMPLETE))
-FAILED = pipe.Verdict(int(ResultStatus.FAILURE))
 RUN_S = 20.0
-
-
-class SlowChild:
-    """Takes twenty seconds for each task."""
-
-    pid = 1
-    ready = pipe.Ready((pipe.KnownTask("app", "ns", "task"),))
-    rss_bytes = 0
-    whose: Whose = staticmethod(nobody)
-
-    def __init__(self, started: list[str]) -> None:
-        self._started = started
-        self._given = 0
-        self._work_in, self._work = trio.open_memory_channel[tuple[int, Piece]](1_000)
-        self._out, self._reports = trio.open_memory_channel[pipe.Report](1_000)
-
-    async def run(self) -> None:
-        async for number, piece in self._work:
-            self._started.append(scan(piece.activation).id)
-            self._out.send_nowait(pipe.Started(number, FAILED))
-            await trio.sleep(RUN_S)
-            self._out.send_nowait(pipe.Done(number, DONE, 1))
-
-    async def send(self, work: Sequence[Piece]) -> None:
-        for piece in work:
-            self._given += 1
-            await self._work_in.send((self._given, piece))
-
-    async def receive(self) -> list[pipe.Report]:
-        try:
-            return [await self._reports.receive()]
-        except trio.EndOfChannel:
-            raise ChildGone from None
-
-    def take_back(self) -> int:
-        return 0
-
-    def has_started(self) -> bool:
-        return False
-
-    def look(self) -> None:
-        pass
-
-    def dismiss(self, *, alone: bool = False) -> None:
-        self._work_in.close()
-
-    def order(self, kind: pipe.OrderKind, number: int) -> None:
-        pass
-
-    def terminate(self, number: int) -> None:
-        pass
-
-    def kill(self) -> None:
-        self._out.close()
-
-
-class SlowSpawner:
-    def __init__(self) -> None:
-        self.started: list[str] = []
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[Child]:
-        child = SlowChild(self.started)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(child.run)
-            yield child
-            nursery.cancel_scope.cancel()
-
-
-class End:
-    """One end of a stream in memory."""
-
-    def __init__(self, out: trio.MemorySendChannel[bytes], into: trio.MemoryReceiveChannel[bytes]) -> None:
-        self._out, self._into = out, into
-
-    async def send(self, body: bytes) -> None:
-        try:
-            await self._out.send(body)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise PeerUnavailable from None
-
-    async def receive(self) -> bytes | None:
-        async for body in self._into:
-            return body
-        return None
-
-    async def finish(self) -> None:
-        await self._out.aclose()
 
 
 class Network:
@@ -133,27 +40,25 @@ class Network:
         if self.brokers[address.partition(":")[0]] is None:
             raise PeerUnavailable
         self.connects.append(address)
-        to_broker, at_broker = trio.open_memory_channel[bytes](100)
-        to_worker, at_worker = trio.open_memory_channel[bytes](100)
+        ours, theirs = open_stream()
         broker = self.brokers[address.partition(":")[0]]
         scope = trio.CancelScope()
         self._scopes.append(scope)
 
         async def serve() -> None:
             with scope:
-                await broker.stream.work(End(to_worker, at_broker))
-            to_worker.close()
-            at_broker.close()
+                await broker.stream.work(theirs)
+            theirs.close()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
-            yield End(to_broker, at_worker)
+            yield ours
             nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
 async def open_pool(network: Network, **config: Any) -> AsyncIterator[tuple[Pool, SlowSpawner]]:
-    spawner, stop = SlowSpawner(), trio.Event()
+    spawner, stop = SlowSpawner(pipe.KnownTask("app", "ns", "task"), run_s=RUN_S), trio.Event()
     section = PoolSection(brokers=tuple(f"{name}:1" for name in network.brokers), spare_children=0, **config)
 
     async def run(task_status: trio.TaskStatus[Pool]) -> None:
