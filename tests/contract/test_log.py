@@ -361,18 +361,38 @@ async def test_lag_and_latest(exact_rig: Rig) -> None:
                 assert values(await read(reader, 1)) == [b"new"]
 
 
-async def test_a_large_batch(rig: Rig) -> None:
+@pytest.mark.parametrize("key", [None, b"k"])
+async def test_a_large_batch(rig: Rig, key: bytes | None) -> None:
     topic, group = rig.name(), rig.name()
     async with rig.open() as log:
         await log.ensure_topics({topic: 1})
         async with log.open_writer() as writer, log.open_reader([topic], group) as reader:
-            lay = await positions(writer, *(Outgoing(topic, b"%d" % number) for number in range(5_000)))
+            lay = await positions(writer, *(Outgoing(topic, b"%d" % number, key) for number in range(5_000)))
             assert [place.offset for place in lay] == list(range(5_000))
             with trio.fail_after(WITHIN_S):
                 assert len(await reader.read_batch(100, 20)) <= 100
             await reader.seek(Partition(topic, 0), 0)
             records = await read(reader, 5_000)
     assert values(records) == [b"%d" % number for number in range(5_000)]
+
+
+async def test_many_records_of_all_sizes_lie_where_it_is_said(rig: Rig) -> None:
+    topic, group = rig.name(), rig.name()
+    async with rig.open() as log:
+        await log.ensure_topics({topic: 3})
+        async with log.open_writer() as writer, log.open_reader([topic], group) as reader:
+            sent = [
+                Outgoing(
+                    topic, b"%d " % number + bytes(150_000 if number % 20 == 7 else number), b"%d" % number
+                )
+                for number in range(300)
+            ]
+            lay = await positions(writer, *sent)
+            records = {(record.partition, record.offset): record for record in await read(reader, 300)}
+    assert [records[place.partition, place.offset].value for place in lay] == [out.value for out in sent]
+    for number in range(3):
+        own = [place.offset for place in lay if place.partition.number == number]
+        assert own == list(range(len(own)))
 
 
 async def test_what_never_fits_is_rejected_alone(rig: Rig) -> None:
