@@ -6,7 +6,7 @@ A property test holds them against the generated messages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from taskd.errors import Undecodable
@@ -37,6 +37,8 @@ from taskd.wire.frames import (
 )
 from taskd.wire.protobuf import (
     LENGTH,
+    ONE_BYTE,
+    UINT64_MAX,
     VARINT,
     bytes_field,
     fields,
@@ -122,17 +124,44 @@ def _string(number: int, value: str) -> bytes:
     return text_field(number, value) if value else b""
 
 
+def _fence(fence: int) -> bytes:
+    """As a varint. Fences are large, and those of one claim follow each other: most differ in one byte."""
+    return ONE_BYTE[fence] if fence < 0x80 else b"%c%b" % (fence & 0x7F | 0x80, _varint(fence >> 7))
+
+
+_varint = lru_cache(maxsize=256)(varint)
+
+
+@lru_cache(maxsize=256)
+def _upper_part(rest: bytes) -> int:
+    """What all but the first byte of a varint add to it. Raises Undecodable for anything else."""
+    value, behind = read_varint(rest, 0, len(rest))
+    if behind != len(rest):
+        raise Undecodable("more than a varint")
+    return value << 7 & UINT64_MAX
+
+
+def _read_fence(raw: bytes, start: int, end: int) -> int:
+    """The fence that fills these bytes. Raises Undecodable when none does, IndexError beyond the end."""
+    low = raw[start]
+    if low >= 0x80:
+        return _upper_part(raw[start + 1 : end]) | low & 0x7F
+    if end != start + 1:
+        raise Undecodable("more than a varint")
+    return low
+
+
 def _lease(id_: str, fence: int) -> bytes:
     text = id_.encode()
-    return b"\x0a%b%b\x10%b" % (varint(len(text)), text, varint(fence))
+    return b"\x0a%b%b\x10%b" % (varint(len(text)), text, _fence(fence))
 
 
 def _lease_field(lease: tuple[str, int], number: int = 1) -> bytes:
     id_, fence = lease
-    text = id_.encode()
-    size = len(text)
-    if size <= SHORT and fence < 0x80 and number == 1:
-        return b"\x0a%c\x0a%c%b\x10%c" % (size + 4, size, text, fence)
+    text, fenced = id_.encode(), _fence(fence)
+    size = len(text) + len(fenced) + 3
+    if size < 0x80 and number == 1:
+        return b"\x0a%c\x0a%c%b\x10%b" % (size, len(text), text, fenced)
     return bytes_field(number, _lease(id_, fence))
 
 
@@ -167,15 +196,13 @@ def _usual_leases(raw: bytes) -> tuple[list[LeaseRef], int]:
     try:
         while at < stop:
             end, id_end = at + 2 + raw[at + 1], at + 4 + raw[at + 3]
-            fence = raw[end - 1]
-            # The sizes hold one byte each: nothing in it is longer than the whole.
-            if not raw[at] == raw[at + 2] == 0x0A or raw[id_end] != 0x10 or id_end + 2 != end:
+            if raw[at + 1] >= 0x80 or end > stop:  # then what its parts claim may lie beyond it
                 break
-            if raw[at + 1] >= 0x80 or fence >= 0x80:
+            if not raw[at] == raw[at + 2] == 0x0A or raw[id_end] != 0x10:
                 break
-            leases.append(lease_ref((raw[at + 4 : id_end].decode(), fence)))
+            leases.append(lease_ref((raw[at + 4 : id_end].decode(), _read_fence(raw, id_end + 1, end))))
             at = end
-    except (IndexError, UnicodeDecodeError):
+    except (IndexError, Undecodable, UnicodeDecodeError):
         pass
     return leases, at
 
@@ -241,10 +268,10 @@ def _read_progress(raw: bytes) -> TaskProgress:
 
 def _result_field(result: Result) -> bytes:
     id_, fence, status, *more = result
-    text = id_.encode()
-    size = len(text)
-    if more == PLAIN_END and size <= SHORT and fence < 0x80:
-        return b"\x0a%c\x0a%c%b\x10%c\x18%c" % (size + 6, size, text, fence, status)
+    text, fenced = id_.encode(), _fence(fence)
+    size = len(text) + len(fenced) + 5
+    if more == PLAIN_END and size < 0x80:
+        return b"\x0a%c\x0a%c%b\x10%b\x18%c" % (size, len(text), text, fenced, status)
     return bytes_field(1, _result(result))
 
 
@@ -273,15 +300,14 @@ def _usual_results(raw: bytes) -> tuple[list[Result], int]:
     try:
         while at < stop:
             end, id_end = at + 2 + raw[at + 1], at + 4 + raw[at + 3]
-            fence = raw[id_end + 1]
-            if not raw[at] == raw[at + 2] == 0x0A or raw[id_end] != 0x10 or id_end + 4 != end:
+            if raw[at + 1] >= 0x80 or end > stop:
                 break
-            if raw[at + 1] >= 0x80 or fence >= 0x80 or raw[end - 2] != 0x18:
+            if not raw[at] == raw[at + 2] == 0x0A or raw[id_end] != 0x10 or raw[end - 2] != 0x18:
                 break
-            status = _STATUSES[raw[end - 1]]
-            results.append(_result_of((raw[at + 4 : id_end].decode(), fence, status, "", "", None, None)))
+            id_, fence = raw[at + 4 : id_end].decode(), _read_fence(raw, id_end + 1, end - 2)
+            results.append(_result_of((id_, fence, _STATUSES[raw[end - 1]], "", "", None, None)))
             at = end
-    except (IndexError, KeyError, UnicodeDecodeError):
+    except (IndexError, KeyError, Undecodable, UnicodeDecodeError):
         pass
     return results, at
 
@@ -304,7 +330,6 @@ def _read_result(raw: bytes) -> Result:
 
 _STATUSES = {status.value: status for status in ResultStatus if status}
 PLAIN_END = ["", "", None, None]  # of a result that says no more than its status
-SHORT = 0x7F - 6  # bytes of an id, for the size of its result to be one byte
 
 
 def _assignments(items: Iterable[Assignment]) -> bytes:
@@ -339,26 +364,24 @@ def _usual_assignments(raw: bytes) -> tuple[list[Assignment], int]:
         while at < stop and raw[at] == 0x0A:
             size, begin = read_varint(raw, at + 1, stop)
             id_end = begin + 2 + raw[begin + 1]
-            fence, behind = raw[id_end + 1], id_end + 2
-            if fence >= 0x80:
-                fence, behind = read_varint(raw, id_end + 1, stop)
+            behind = raw.index(0x1A, id_end + 2, id_end + 2 + MAX_VARINT_BYTES)
+            fence = _read_fence(raw, id_end + 1, behind)
             length, start = read_varint(raw, behind + 1, stop)
             end = start + length
             deadline_ms, next_at = read_varint(raw, end + 1, stop)
-            # With these four keys where they belong, the fields are as long as they say.
-            if (raw[begin], raw[id_end], raw[behind], raw[end]) != ASSIGNMENT_KEYS:
+            if raw[begin] != 0x0A or raw[id_end] != 0x10 or raw[end] != 0x20:
                 break
-            if next_at != begin + size or raw[begin + 1] >= 0x80:
+            if raw[begin + 1] >= 0x80 or next_at != begin + size:
                 break
             id_ = raw[begin + 2 : id_end].decode()
             items.append(_assignment_of((id_, fence, raw[start:end], deadline_ms, None)))
             at = next_at
-    except (IndexError, Undecodable, UnicodeDecodeError):
+    except (ValueError, IndexError, Undecodable):
         pass
     return items, at
 
 
-ASSIGNMENT_KEYS = (0x0A, 0x10, 0x1A, 0x20)
+MAX_VARINT_BYTES = 10
 
 
 def _read_assignment(raw: bytes) -> Assignment:

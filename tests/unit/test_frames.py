@@ -273,7 +273,8 @@ def test_mutated_and_truncated_frames(raw: bytes, mutations: list[tuple[int, int
 
 
 ids = st.sampled_from(["", "a", "å" * 40, "x" * 121, "x" * 122, "x" * 127, "x" * 128])
-fences = st.sampled_from([0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, 2**64 - 1])
+NOW_US = 1_760_000_000_000_000  # fences are what the clock was at a claim
+fences = st.sampled_from([0, 1, 127, 128, 16_383, 16_384, 2_097_151, NOW_US, NOW_US + 1, 2**64 - 1])
 some_results = st.builds(
     frames.Result,
     id=ids,
@@ -329,7 +330,7 @@ def test_the_short_ways_of_reading_read_the_same(
 
 def test_the_short_ways_read_what_we_write() -> None:
     """Or they would be no use, and nobody would notice."""
-    some = [LeaseRef("a" * 32, 1), LeaseRef("b" * 36, 127)]
+    some = [LeaseRef("a" * 32, NOW_US), LeaseRef("b" * 36, NOW_US + 127), LeaseRef("c" * 32, 1)]
     done = tuple(frames.Result(*lease, ResultStatus.COMPLETE) for lease in some)
     items = tuple(frames.Assignment(*lease, b"x" * 300, 10_000) for lease in some)
     for short, raw, expected in (
