@@ -179,6 +179,7 @@ def _run(root: Callable[..., Awaitable[None]], load: Callable[[], Section] | Non
     import trio
 
     from taskd.cli.early import kept_signals
+    from taskd.daemon.collecting import collect_less
     from taskd.daemon.reload import Reloads
     from taskd.signals import hangups, stop_on_signals
 
@@ -192,4 +193,5 @@ def _run(root: Callable[..., Awaitable[None]], load: Callable[[], Section] | Non
             with hangups() as asked:
                 await root(stop=stop, reloads=Reloads(asked, load))
 
+    collect_less()
     trio.run(until_stopped)
