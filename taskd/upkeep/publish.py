@@ -10,11 +10,11 @@ import structlog
 from taskd.activation.ids import retry_id
 from taskd.activation.lifecycle import Status
 from taskd.clock import Clock, Now
-from taskd.errors import LogUnavailable
 from taskd.inflight.base import Leaving, Settlement
 from taskd.inflight.writer import Inflight
-from taskd.log.base import Forbidden, Headers, Outgoing, Publish, Rejected
+from taskd.log.base import Headers, Outgoing, Publish
 from taskd.telemetry import metrics
+from taskd.upkeep.answers import settle
 from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.wire.envelope import next_attempt, with_received_at
 
@@ -60,24 +60,10 @@ class Publisher:
             return 0
         now = self._clock.now()
         answers = await self._publish([self._outgoing(row, now) for row in rows])
-        settled, forbidden, unavailable = [], {}, None
-        for row, answer in zip(rows, answers, strict=True):
-            if isinstance(answer, Rejected):
-                log.error("can never be published; kept in the store", id=row.id, why=str(answer))
-                await self._inflight.stick(row.id, str(answer))
-            elif isinstance(answer, Forbidden):
-                forbidden[row.id] = str(answer)
-            elif isinstance(answer, Exception):
-                unavailable = answer
-            else:
-                settled.append(_settlement(row))
-        await self._inflight.settle(settled)
-        self.forbidden.taken([settlement.id for settlement in settled])
-        await self.forbidden.refused(forbidden)
-        _count(rows, {settlement.id: settlement for settlement in settled})
-        if unavailable is not None:
-            left = len(rows) - len(settled) - len(forbidden)
-            raise LogUnavailable(f"{left} records could not be published: {unavailable}")
+        answered = await settle(self._inflight, self.forbidden, rows, answers, _settlement)
+        _count(rows, answered.settled)
+        if answered.unavailable is not None:
+            raise answered.unavailable
         return len(rows)
 
     def _outgoing(self, row: Leaving, now: Now) -> Outgoing:

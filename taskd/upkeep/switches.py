@@ -9,12 +9,12 @@ import structlog
 from taskd.activation.lifecycle import Event, Status
 from taskd.activation.switches import Board, SwitchKind
 from taskd.clock import Clock
-from taskd.errors import LogUnavailable
 from taskd.inflight.base import Leaving, Ref, Settlement
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight
-from taskd.log.base import Forbidden, Outgoing, Publish, Rejected
+from taskd.log.base import Outgoing, Publish
 from taskd.telemetry import audit, metrics
+from taskd.upkeep.answers import settle
 from taskd.upkeep.duties import Duty
 from taskd.upkeep.forbidden import ForbiddenRows
 from taskd.wire.envelope import with_received_at
@@ -102,24 +102,12 @@ class Forwarding:
             return 0
         topic = self._inflight.demoted_to.topic
         answers = await self._publish([self._outgoing(row, topic) for row in rows])
-        settled, forbidden, unavailable = [], {}, None
-        for row, answer in zip(rows, answers, strict=True):
-            if isinstance(answer, Rejected):
-                log.error("can never be forwarded; kept in the store", id=row.id, why=str(answer))
-                await self._inflight.stick(row.id, str(answer))
-            elif isinstance(answer, Forbidden):
-                forbidden[row.id] = str(answer)
-            elif isinstance(answer, Exception):
-                unavailable = answer
-            else:
-                settled.append(Settlement(row.id))
-        await self._inflight.settle(settled)
-        self._forbidden.taken([settlement.id for settlement in settled])
-        await self._forbidden.refused(forbidden)
-        metrics.demoted.inc(len(settled))
-        if unavailable is not None:
-            left = len(rows) - len(settled) - len(forbidden)
-            raise LogUnavailable(f"{left} rows not forwarded to {topic}: {unavailable}")
+        answered = await settle(
+            self._inflight, self._forbidden, rows, answers, lambda row: Settlement(row.id)
+        )
+        metrics.demoted.inc(len(answered.settled))
+        if answered.unavailable is not None:
+            raise answered.unavailable
         return len(rows)
 
     def _outgoing(self, row: Leaving, topic: str) -> Outgoing:
