@@ -2,13 +2,14 @@
 
 Each frame of results costs the broker a write of its own, however few it holds. So results wait for the
 answer to those before them, and meanwhile others come along; that wait is short, and none when nothing is
-unanswered. Of a task that starts and ends meanwhile only the result is told.
+unanswered. While they come in numbers and more are to come, they gather for as long also when the answer is
+quicker. Of a task that starts and ends meanwhile only the result is told.
 """
 
 from __future__ import annotations
 
-GATHER_S = 0.01  # longest wait
-ENOUGH = 512  # results that wait no longer
+GATHER_S = 0.02  # longest wait
+ENOUGH = 1_024  # results that wait no longer
 MANY = 16  # results in one frame: tasks are so quick that most starts need not be told
 
 
@@ -29,11 +30,10 @@ class Gathering:
     def answered(self) -> None:
         self._unanswered -= 1
 
-    def until(self, results_count: int, now: float) -> float:
-        """When to send so many results; not after `now`: at once."""
-        if self._unanswered <= 0 or results_count >= ENOUGH:
-            return now
-        return self._until
+    def until(self, results_count: int, now: float, *, more: bool = False) -> float:
+        """When to send so many results; not after `now`: at once. `more`: this worker has further work."""
+        waits = self._unanswered > 0 or (more and self._many)
+        return self._until if waits and results_count < ENOUGH else now
 
     def starts_until(self, now: float) -> float:
         """When to tell which tasks started."""

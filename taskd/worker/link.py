@@ -303,7 +303,7 @@ class Link:
             hurry, gathering, count = self._hurries, self._gathering, account.unsent_results
             frames = account.news(
                 starts=hurry or (count < MANY and gathering.starts_until(now) <= now),
-                results=hurry or gathering.until(count, now) <= now,
+                results=hurry or gathering.until(count, now, more=bool(account.jobs)) <= now,
             )
             for frame in frames:
                 if isinstance(frame, Results):
@@ -323,7 +323,7 @@ class Link:
             return now
         at = float("inf")
         if count := account.unsent_results:
-            at = self._gathering.until(count, now)
+            at = self._gathering.until(count, now, more=bool(account.jobs))
         if account.unsent_starts and count < MANY:
             at = min(at, self._gathering.starts_until(now))
         return at

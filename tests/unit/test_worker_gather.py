@@ -22,6 +22,17 @@ def test_results_wait_for_the_answer_to_those_before_them_but_not_for_long() -> 
     assert gathering.until(ENOUGH, now=5.001) == 5.001
 
 
+def test_results_that_come_in_numbers_gather_while_more_are_to_come() -> None:
+    gathering = Gathering()
+    gathering.sent(MANY, now=5.0)
+    gathering.answered()
+    assert gathering.until(1, now=5.001, more=True) == 5.0 + GATHER_S
+    assert gathering.until(ENOUGH, now=5.001, more=True) == 5.001
+    gathering.sent(MANY - 1, now=6.0)
+    gathering.answered()
+    assert gathering.until(1, now=6.001, more=True) == 6.001
+
+
 def test_starts_wait_only_while_results_come_in_numbers() -> None:
     gathering = Gathering()
     gathering.sent(MANY - 1, now=5.0)
