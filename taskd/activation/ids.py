@@ -1,8 +1,28 @@
-"""Ids derived from what they follow, so that doing a thing twice after a crash gives the same id twice."""
+"""Ids of activations: random, or derived from what they follow.
+
+With derived ones, doing a thing twice after a crash gives the same id twice.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+
+_DRAWN = 64  # ids at once: asking the system for each takes longer than all the rest of making a call
+_spare: list[str] = []
+
+
+def new_id() -> str:
+    """128 random bits as 32 hexadecimal digits; from any thread."""
+    try:
+        return _spare.pop()
+    except IndexError:
+        drawn = os.urandom(16 * _DRAWN).hex()
+        _spare.extend(drawn[at : at + 32] for at in range(32, len(drawn), 32))
+        return drawn[:32]
+
+
+os.register_at_fork(after_in_child=_spare.clear)  # or the child would use the ids of its parent
 
 
 def _derived(*parts: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from taskd.log.base import Outgoing
 from taskd.producer.check import check_call, check_size, refusal
@@ -45,7 +46,7 @@ def _serialized(call: Call, body: bytes, now_ms: int) -> bytes:
     ]
     for name, value in _headers(call.headers, body).items():
         out.append(bytes_field(envelope.HEADERS, text_field(1, name) + text_field(2, value)))
-    out.append(bytes_field(envelope.RECEIVED_AT, _timestamp(now_ms)))
+    out.append(_received_at(now_ms))
     if call.max_attempts is not None or call.at_most_once:
         out.append(bytes_field(envelope.RETRY_STATE, _retry_state(call)))
     out.append(varint_field(envelope.PROCESSING_DEADLINE, call.processing_deadline_s))
@@ -60,15 +61,16 @@ def _serialized(call: Call, body: bytes, now_ms: int) -> bytes:
 
 def _headers(headers: Mapping[str, str], body: bytes) -> Mapping[str, str]:
     """The call's headers, with the truth about the parameters whatever the caller wrote there."""
-    kept = {name: value for name, value in headers.items() if name != parameters.COMPRESSION_HEADER}
+    kept = dict(headers)
+    kept.pop(parameters.COMPRESSION_HEADER, None)
     if parameters.is_compressed(body):
         kept[parameters.COMPRESSION_HEADER] = parameters.ZSTD
     return kept
 
 
-def _timestamp(now_ms: int) -> bytes:
-    out = varint_field(1, now_ms // 1000)
-    return out + varint_field(2, now_ms % 1000 * 1_000_000) if now_ms % 1000 else out
+@lru_cache(maxsize=1)  # calls that are sent together have it in common
+def _received_at(now_ms: int) -> bytes:
+    return bytes_field(envelope.RECEIVED_AT, envelope.timestamp(now_ms))
 
 
 def _retry_state(call: Call) -> bytes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypedDict, TypeVar
 
 from taskd.activation.durations import Duration, optional_seconds, seconds
+from taskd.activation.ids import new_id
 from taskd.activation.retry import LastAction, Retry
 from taskd.tasks.outbox import Call, current_outbox
 
@@ -124,27 +124,26 @@ class Task(Generic[P, R]):
         countdown: Duration | None = None,
     ) -> Call:
         """What `apply_async` sends, for those who send it themselves. Raises ValueError."""
-        expires_s = optional_seconds(expires, f"{self}: expires", at_least=1)
-        expires_s = self.expires_s if expires_s is None else expires_s
+        expires_s = self.expires_s if expires is None else seconds(expires, f"{self}: expires", at_least=1)
         delay_s = None if countdown is None else seconds(countdown, f"{self}: countdown")
         if expires_s is not None and delay_s is not None and expires_s <= delay_s:
             raise ValueError(
                 f"{self}: expires ({expires_s} s) must be longer than countdown ({delay_s} s), "
                 "or it would expire before it may start"
             )
-        policy = self.retry
+        namespace, policy = self.namespace, self.retry
         max_attempts = None
         if policy is not None:
             max_attempts = 1 if self.at_most_once else policy.max_attempts
         return Call(
-            id=uuid.uuid4().hex,
-            namespace=self.namespace.name,
+            id=new_id(),
+            namespace=namespace.name,
             taskname=self.name,
-            application=self.namespace.application,
-            topic=self.namespace.topic or "",
+            application=namespace.application,
+            topic=namespace.topic or "",
             args=tuple(args),
-            kwargs=dict(kwargs or {}),
-            headers={str(name): str(value) for name, value in (headers or {}).items()},
+            kwargs=dict(kwargs) if kwargs else {},
+            headers={str(name): str(value) for name, value in headers.items()} if headers else {},
             processing_deadline_s=self.processing_deadline_s,
             expires_s=expires_s,
             delay_s=delay_s or None,

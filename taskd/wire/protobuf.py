@@ -114,11 +114,16 @@ def varint(value: int) -> bytes:
 
 
 def varint_field(number: int, value: int) -> bytes:
+    if number < 16 and value < 0x80:  # the rule, without calls
+        return ONE_BYTE[number << 3] + ONE_BYTE[value]
     return varint(number << 3) + varint(value)
 
 
 def bytes_field(number: int, value: bytes) -> bytes:
-    return varint(number << 3 | LENGTH) + varint(len(value)) + value
+    size = len(value)
+    if number < 16 and size < 0x80:
+        return ONE_BYTE[number << 3 | LENGTH] + ONE_BYTE[size] + value
+    return varint(number << 3 | LENGTH) + varint(size) + value
 
 
 def text_field(number: int, value: str) -> bytes:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from taskd.activation.ids import raw_record_id, retry_id, scheduled_id
+import re
+import subprocess
+import sys
+
+from taskd.activation.ids import new_id, raw_record_id, retry_id, scheduled_id
 
 
 def test_the_contracts_vectors() -> None:
@@ -21,3 +25,24 @@ def test_each_part_counts() -> None:
     }
     assert len(made) == 7
     assert all(len(id_) == 32 for id_ in made)
+
+
+def test_new_ids_are_32_digits_and_never_the_same() -> None:
+    ids = [new_id() for _ in range(1_000)]
+    assert len(set(ids)) == 1_000
+    assert all(re.fullmatch("[0-9a-f]{32}", id_) for id_ in ids)
+
+
+def test_a_forked_child_has_ids_of_its_own() -> None:
+    code = """
+import os
+from taskd.activation.ids import new_id
+new_id()
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+print(*[new_id() for _ in range(200)], sep="\\n", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ids = done.stdout.split()
+    assert len(ids) == len(set(ids)) == 400
