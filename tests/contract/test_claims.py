@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import arrival, check
 
 from taskd.activation.lifecycle import Status
 from taskd.inflight.base import (
-    Arrival,
     ClaimRequest,
     Description,
     Lease,
@@ -27,7 +27,7 @@ from taskd.inflight.base import (
 )
 from taskd.inflight.known import KnownTasks
 from taskd.inflight.writer import Inflight, open_inflight
-from taskd.testing.clock import START_WALL_MS, FixedClock
+from taskd.testing.clock import FixedClock
 
 APPLIED, SUPERSEDED, UNKNOWN = Verdict.APPLIED, Verdict.SUPERSEDED, Verdict.UNKNOWN
 CLAIM_MS, GRACE_MS, DEADLINE_S = 40_000, 3_000, 10
@@ -57,31 +57,8 @@ async def store(opened: Opener) -> AsyncIterator[Inflight]:
         check(inflight)
 
 
-def check(inflight: Inflight) -> None:
-    core = inflight._store
-    counted = {(d.application, d.namespace, d.status): d.count for d in core.recount()}
-    assert {(d.application, d.namespace, d.status): d.count for d in inflight.depths()} == counted
-
-
-async def put(inflight: Inflight, *ids: str, application: str = "shop", **changes: Any) -> None:
-    fields: dict[str, Any] = {
-        "namespace": "ns",
-        "taskname": "task",
-        "application": application,
-        "received_at_ms": START_WALL_MS,
-        "processing_deadline_s": DEADLINE_S,
-        "expires_s": None,
-        "delay_s": None,
-        "attempts": 0,
-        "dead_letter": True,
-        "at_most_once": False,
-        "topic": "taskd",
-        "partition": 0,
-        "offset": 0,
-        "record_key": None,
-        **changes,
-    }
-    await inflight.insert([Arrival(id=id_, activation=id_.encode(), **fields) for id_ in ids])
+async def put(inflight: Inflight, *ids: str, **changes: Any) -> None:
+    await inflight.insert([arrival(id_, **{"namespace": "ns", "taskname": "task", **changes}) for id_ in ids])
 
 
 async def claim(inflight: Inflight, limit: int = 10, **filters: Any) -> list[Lease]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import arrival
 
 from taskd.activation.lifecycle import Status
 from taskd.inflight import heartbeats as heartbeats_module
 from taskd.inflight.arrivals import Arrivals
 from taskd.inflight.base import (
-    Arrival,
     ClaimRequest,
     Description,
     Lease,
@@ -31,7 +31,7 @@ from taskd.inflight.heartbeats import Extending, Heartbeat
 from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import SqliteStore
 from taskd.inflight.writer import Inflight, open_inflight
-from taskd.testing.clock import START_WALL_MS, FixedClock
+from taskd.testing.clock import FixedClock
 
 APPLIED, SUPERSEDED, UNKNOWN = Verdict.APPLIED, Verdict.SUPERSEDED, Verdict.UNKNOWN
 DEADLINE_MS, GRACE_MS = 10_000, 3_000
@@ -57,28 +57,6 @@ def opened(tmp_path: Path, clock: FixedClock, request: pytest.FixtureRequest) ->
 async def store(opened: Opener) -> AsyncIterator[Inflight]:
     async with opened() as inflight:
         yield inflight
-
-
-def arrival(id_: str, **changes: Any) -> Arrival:
-    values: dict[str, Any] = {
-        "id": id_,
-        "namespace": "mail",
-        "taskname": "send",
-        "application": "shop",
-        "received_at_ms": START_WALL_MS,
-        "processing_deadline_s": DEADLINE_MS // 1000,
-        "expires_s": None,
-        "delay_s": None,
-        "attempts": 0,
-        "dead_letter": True,
-        "at_most_once": False,
-        "topic": "taskd",
-        "partition": 0,
-        "offset": 0,
-        "record_key": None,
-        "activation": id_.encode(),
-    }
-    return Arrival(**{**values, **changes})
 
 
 async def handed_out(store: Inflight, id_: str = "a", *, started: bool = True, **changes: Any) -> Lease:

@@ -9,62 +9,29 @@ from random import Random
 from typing import Any
 
 import pytest
+from rows import arrival, check
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.activation.switches import Switch, SwitchKind
-from taskd.clock import Now
 from taskd.inflight import held
-from taskd.inflight.base import Arrival, ClaimRequest, LeaseKind, Policy, Ref, Report, ReportStatus, Verdict
+from taskd.inflight.base import ClaimRequest, LeaseKind, Policy, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight, open_inflight
+from taskd.testing.clock import START_WALL_MS, FixedClock
 
 APPLIED, SUPERSEDED, UNKNOWN = Verdict.APPLIED, Verdict.SUPERSEDED, Verdict.UNKNOWN
 COMPLETE, FAILURE = ReportStatus.COMPLETE, ReportStatus.FAILURE
 
 
-class StoppedClock:
-    wall_ms, mono_ms = 1_700_000_000_000, 50_000
-
-    def now(self) -> Now:
-        return Now(self.wall_ms, self.mono_ms)
-
-
 @asynccontextmanager
-async def opened(folder: Path, clock: StoppedClock, name: str = "store") -> AsyncIterator[Inflight]:
+async def opened(folder: Path, clock: FixedClock, name: str = "store") -> AsyncIterator[Inflight]:
     async with open_inflight(folder / f"{name}.sqlite", clock, Policy(), inline=True) as inflight:
         yield inflight
         check(inflight)
 
 
-def check(inflight: Inflight) -> None:
-    core = inflight._store
-    counted = {(d.application, d.namespace, d.status): d.count for d in core.recount()}
-    assert {(d.application, d.namespace, d.status): d.count for d in inflight.depths()} == counted
-
-
-def arrival(id_: str, **changes: Any) -> Arrival:
-    return Arrival(
-        id=id_,
-        namespace="mail",
-        taskname="send",
-        application="shop",
-        received_at_ms=StoppedClock.wall_ms - 1_000,
-        processing_deadline_s=10,
-        expires_s=None,
-        delay_s=None,
-        attempts=0,
-        dead_letter=True,
-        at_most_once=False,
-        topic="taskd",
-        partition=0,
-        offset=0,
-        record_key=b"key",
-        activation=b"bytes",
-    )._replace(**changes)
-
-
 async def hold(inflight: Inflight, *ids: str, holder: str = "w1") -> list[Ref]:
-    await inflight.insert([arrival(id_) for id_ in ids])
+    await inflight.insert([arrival(id_, received_at_ms=START_WALL_MS - 1_000) for id_ in ids])
     return [lease.ref for lease in await claim(inflight, len(ids), holder)]
 
 
@@ -79,12 +46,12 @@ def reports(refs: Sequence[Ref], status: ReportStatus = COMPLETE) -> list[Report
 
 
 @pytest.fixture
-def clock() -> StoppedClock:
-    return StoppedClock()
+def clock() -> FixedClock:
+    return FixedClock(mono_ms=50_000)
 
 
 @pytest.fixture
-async def store(tmp_path: Path, clock: StoppedClock) -> AsyncIterator[Inflight]:
+async def store(tmp_path: Path, clock: FixedClock) -> AsyncIterator[Inflight]:
     async with opened(tmp_path, clock) as inflight:
         yield inflight
 
@@ -146,7 +113,7 @@ async def test_a_start_that_comes_again_is_looked_up(store: Inflight) -> None:
     assert await store.start([ref]) == [UNKNOWN]
 
 
-async def test_the_deadline_runs_from_the_start_of_each(store: Inflight, clock: StoppedClock) -> None:
+async def test_the_deadline_runs_from_the_start_of_each(store: Inflight, clock: FixedClock) -> None:
     await store.insert([arrival("short", processing_deadline_s=1), arrival("long", processing_deadline_s=9)])
     refs = [lease.ref for lease in await claim(store, 2)]
     clock.mono_ms += 60_000
@@ -173,7 +140,7 @@ async def test_more_than_are_remembered(store: Inflight, monkeypatch: pytest.Mon
 
 
 async def test_unary_leases_that_complete_together_started_when_they_were_handed_out(
-    store: Inflight, clock: StoppedClock
+    store: Inflight, clock: FixedClock
 ) -> None:
     changes: list[Changes] = []
     await store.insert([arrival(id_) for id_ in ("a", "b", "stream")])
@@ -185,7 +152,7 @@ async def test_unary_leases_that_complete_together_started_when_they_were_handed
     said = [Report(id_, None, COMPLETE) for id_ in (*unary, *streamed)]
     assert await store.report(said) == [APPLIED, APPLIED, SUPERSEDED]  # a stream's result names its fence
     (change,) = changes
-    assert change.durations_ms["received_to_finished"] == [1_500] * 2
+    assert change.durations_ms["received_to_finished"] == [500] * 2
     assert not change.durations_ms["received_to_started"]
     query = "SELECT started_at_ms, finished_at_ms, attempts FROM inflight WHERE status = 12"
     assert list(store._store.db.execute(query)) == [(began_ms, began_ms + 500, 1)] * 2
@@ -216,7 +183,7 @@ async def test_in_trouble_reports_are_tried_and_nothing_is_claimed(store: Inflig
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_together_or_one_by_one_is_the_same(tmp_path: Path, clock: StoppedClock, seed: int) -> None:
+async def test_together_or_one_by_one_is_the_same(tmp_path: Path, clock: FixedClock, seed: int) -> None:
     pick = Random(seed)
     async with opened(tmp_path, clock) as quick, opened(tmp_path, clock, "slow") as slow:
         slow._leases._held.remember = lambda rows: None  # type: ignore[method-assign]

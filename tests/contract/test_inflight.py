@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from rows import arrival, check
 
 from taskd.activation.lifecycle import Status
 from taskd.clock import Now
@@ -21,7 +22,6 @@ from taskd.errors import StartupError, StoreError
 from taskd.inflight import leases as leases_module
 from taskd.inflight import sqlite as sqlite_module
 from taskd.inflight.base import (
-    Arrival,
     ClaimRequest,
     Description,
     Inserted,
@@ -37,31 +37,15 @@ from taskd.inflight.base import (
 from taskd.inflight.presence import Presence
 from taskd.inflight.schema import SCHEMA_VERSION
 from taskd.inflight.writer import Inflight, open_inflight
+from taskd.testing.clock import START_WALL_MS, FixedClock
 from taskd.wire.generated.sentry_protos.taskbroker.v1 import RetryState, TaskActivation
 
-START_MS = 1_767_225_600_000
 APPLIED, SUPERSEDED, UNKNOWN = Verdict.APPLIED, Verdict.SUPERSEDED, Verdict.UNKNOWN
-
-
-class FixedClock:
-    """Stands still unless a test moves it."""
-
-    def __init__(self) -> None:
-        self.wall_ms = START_MS
-        self.mono_ms = 5_000_000
-        self.may_expire = True
-
-    def now(self) -> Now:
-        return Now(self.wall_ms, self.mono_ms, self.may_expire)
-
-    def pass_s(self, seconds: float) -> None:
-        self.wall_ms += int(seconds * 1000)
-        self.mono_ms += int(seconds * 1000)
 
 
 @pytest.fixture
 def clock() -> FixedClock:
-    return FixedClock()
+    return FixedClock(mono_ms=5_000_000)
 
 
 @pytest.fixture(params=["inline", "threaded"])
@@ -87,45 +71,6 @@ async def store(opened: Opener) -> AsyncIterator[Inflight]:
     async with opened() as inflight:
         yield inflight
         check(inflight)
-
-
-def check(inflight: Inflight) -> None:
-    """The counters equal a recount, and the file is sound. Only while no write is under way."""
-    core = inflight._store
-    assert core.db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    counted = {(d.application, d.namespace, d.status): d.count for d in core.recount()}
-    assert {(d.application, d.namespace, d.status): d.count for d in inflight.depths()} == counted
-    stored = {(lane, Status(status)): count for lane, status, count in core.run("depths") if count}
-    assert stored == {
-        (lane.number, status): count
-        for lane in core.lanes.values()
-        for status, count in lane.counts.items()
-        if count
-    }
-
-
-TEMPLATE = Arrival(
-    id="",
-    namespace="mail",
-    taskname="send",
-    application="shop",
-    received_at_ms=START_MS,
-    processing_deadline_s=10,
-    expires_s=None,
-    delay_s=None,
-    attempts=0,
-    dead_letter=True,
-    at_most_once=False,
-    topic="taskd",
-    partition=0,
-    offset=0,
-    record_key=b"key",
-    activation=b"bytes",
-)
-
-
-def arrival(id_: str, **changes: Any) -> Arrival:
-    return TEMPLATE._replace(id=id_, **{"activation": id_.encode(), **changes})
 
 
 async def put(inflight: Inflight, *ids: str, **changes: Any) -> Inserted:
@@ -195,23 +140,23 @@ async def test_a_delayed_one_waits_for_its_time_and_goes_to_the_end(
     assert await put(store, "late", delay_s=60) == Inserted(delayed=1)
     await put(store, "now")
     assert ids(await stream(store)) == ["now"]
-    clock.pass_s(59.999)
+    clock.advance(59.999)
     assert await store.become_due(10) == 0
     await put(store, "first")
-    clock.pass_s(0.001)
+    clock.advance(0.001)
     assert await store.become_due(10) == 1
     assert ids(await stream(store)) == ["first", "late"]
 
 
 async def test_a_delay_that_is_over_at_arrival_is_none(store: Inflight) -> None:
-    assert await put(store, "a", delay_s=60, received_at_ms=START_MS - 60_000) == Inserted(pending=1)
+    assert await put(store, "a", delay_s=60, received_at_ms=START_WALL_MS - 60_000) == Inserted(pending=1)
 
 
 async def test_due_rows_come_in_the_order_they_become_due(store: Inflight, clock: FixedClock) -> None:
     await put(store, "c", delay_s=3)
     await put(store, "a", delay_s=1)
     await put(store, "b", delay_s=2)
-    clock.pass_s(5)
+    clock.advance(5)
     assert await store.become_due(2) == 2
     assert await store.become_due(2) == 1
     assert ids(await stream(store)) == ["a", "b", "c"]
@@ -224,14 +169,14 @@ async def test_a_delay_is_shortened_to_the_longest_allowed(opened: Opener, clock
         assert await put(store, "a", delay_s=3_600) == Inserted(duplicate=1)
         assert await put(store, "b", delay_s=10) == Inserted(delayed=1)
         await store.become_due(0)
-        clock.pass_s(9)
+        clock.advance(9)
         assert await store.become_due(10) == 0
-        clock.pass_s(1)
+        clock.advance(1)
         assert await store.become_due(10) == 2
 
 
 async def test_expired_at_arrival(store: Inflight) -> None:
-    old = {"received_at_ms": START_MS - 10_000, "expires_s": 10}
+    old = {"received_at_ms": START_WALL_MS - 10_000, "expires_s": 10}
     assert await put(store, "dead-lettered", **old) == Inserted(expired=1)
     assert await put(store, "discarded", dead_letter=False, **old) == Inserted(expired=1)
     assert await stream(store) == []
@@ -256,17 +201,17 @@ async def test_undecodable_records_are_kept_for_their_dead_letter(store: Infligh
 async def test_received_in_no_time_or_far_ahead_counts_as_now(
     store: Inflight, clock: FixedClock, ahead_ms: int | None
 ) -> None:
-    received = None if ahead_ms is None else START_MS + ahead_ms
+    received = None if ahead_ms is None else START_WALL_MS + ahead_ms
     await put(store, "a", received_at_ms=received, expires_s=5)
-    assert (await look(store, "a")).received_at_ms == START_MS
-    clock.pass_s(5)
+    assert (await look(store, "a")).received_at_ms == START_WALL_MS
+    clock.advance(5)
     assert await store.expire(10) == 1
 
 
 async def test_longest_durations_and_numbers_fit(store: Inflight) -> None:
     century_s = 100 * 366 * 86_400
     changes = {
-        "received_at_ms": START_MS + 300_000,
+        "received_at_ms": START_WALL_MS + 300_000,
         "expires_s": century_s,
         "processing_deadline_s": century_s,
         "attempts": 2**32 - 1,
@@ -336,9 +281,9 @@ async def test_fences_grow_and_never_fall_behind_the_wall_clock(store: Inflight,
         lease = await one(stream(store))
         fences.append(lease.fence)
         await store.hand_back([lease.ref])
-    assert fences == [START_MS * 1000, START_MS * 1000 + 1, START_MS * 1000 + 2]
+    assert fences == [START_WALL_MS * 1000, START_WALL_MS * 1000 + 1, START_WALL_MS * 1000 + 2]
     clock.wall_ms -= 3_600_000
-    assert (await one(stream(store))).fence == START_MS * 1000 + 3
+    assert (await one(stream(store))).fence == START_WALL_MS * 1000 + 3
 
 
 async def test_a_claim_is_bound_in_bytes(store: Inflight) -> None:
@@ -361,7 +306,7 @@ async def test_expired_rows_are_never_handed_out(store: Inflight, clock: FixedCl
     await put(store, *(f"x{n}" for n in range(5)), expires_s=10)
     await put(store, "y", dead_letter=False, expires_s=10)
     await put(store, "live", expires_s=11)
-    clock.pass_s(10)
+    clock.advance(10)
     leases = await stream(store, 2)
     assert [(lease.id, lease.expires_in_ms) for lease in leases] == [("live", 1_000)]
     assert store.counts() == Counter({Status.EXPIRED: 5, Status.GONE: 1, Status.PROCESSING: 1})
@@ -381,7 +326,7 @@ async def test_expire_takes_waiting_and_delayed_rows(store: Inflight, clock: Fix
     await put(store, "delayed", expires_s=10, delay_s=60)
     await put(store, "runs", expires_s=10, namespace="other")
     await one(stream(store, namespaces=("other",)))
-    clock.pass_s(10)
+    clock.advance(10)
     assert await store.expire(1) == 1
     assert await store.expire(10) == 1
     assert store.counts() == Counter({Status.EXPIRED: 2, Status.PROCESSING: 1})
@@ -451,10 +396,15 @@ async def test_a_late_start_is_refused(store: Inflight) -> None:
 async def test_complete(store: Inflight, clock: FixedClock) -> None:
     await put(store, "a")
     lease = await one(stream(store))
-    clock.pass_s(2)
+    clock.advance(2)
     assert await say(store, lease, COMPLETE) is APPLIED
     assert await look(store, "a") == Description(
-        "a", Status.GONE, "complete", attempts=1, received_at_ms=START_MS, finished_at_ms=START_MS + 2_000
+        "a",
+        Status.GONE,
+        "complete",
+        attempts=1,
+        received_at_ms=START_WALL_MS,
+        finished_at_ms=START_WALL_MS + 2_000,
     )
     assert await say(store, lease, COMPLETE) is UNKNOWN
     assert await say(store, Lease("nobody", 1, b"", 1, None), COMPLETE) is UNKNOWN
@@ -559,7 +509,7 @@ async def test_unary_status_counts_when_the_newest_lease_is_unary(store: Infligh
     await stream(store)
     assert await say_unary(store, "a", COMPLETE) is APPLIED
     assert await say_unary(store, "c", COMPLETE) is SUPERSEDED  # a stream's
-    clock.pass_s(13)
+    clock.advance(13)
     assert await store.end_overdue(10) == 1
     assert await say_unary(store, "b", RETRY) is APPLIED  # pending again, nobody else was given it
     assert await say_unary(store, "nobody", COMPLETE) is UNKNOWN
@@ -569,7 +519,7 @@ async def test_unary_status_counts_when_the_newest_lease_is_unary(store: Infligh
 async def test_a_stream_after_a_unary_lease_supersedes_it(store: Inflight, clock: FixedClock) -> None:
     await put(store, "a")
     await unary(store)
-    clock.pass_s(13)
+    clock.advance(13)
     await store.end_overdue(10)
     lease = await one(stream(store))
     assert await say_unary(store, "a", COMPLETE) is SUPERSEDED
@@ -651,9 +601,9 @@ async def test_a_unary_lease_ends_by_its_deadline(opened: Opener, clock: FixedCl
         await put(store, "a")
         for attempts in (1, 2):
             await unary(store)
-            clock.pass_s(12.999)
+            clock.advance(12.999)
             assert await store.end_overdue(10) == 0
-            clock.pass_s(0.001)
+            clock.advance(0.001)
             assert await store.end_overdue(10) == 1
             assert (await look(store, "a")).attempts == attempts
         (leaving,) = await store.leaving(1)
@@ -664,12 +614,12 @@ async def test_a_unary_lease_ends_by_its_deadline(opened: Opener, clock: FixedCl
 async def test_a_stream_lease_ends_a_deadline_after_its_start(store: Inflight, clock: FixedClock) -> None:
     await put(store, "a")
     lease = await one(stream(store))
-    clock.pass_s(3_600)  # waits at its worker, whose heartbeats keep it
+    clock.advance(3_600)  # waits at its worker, whose heartbeats keep it
     assert await store.end_overdue(10) == 0
     await store.start([lease.ref])
-    clock.pass_s(12)
+    clock.advance(12)
     assert await store.start([lease.ref]) == [APPLIED]  # said again, it moves nothing
-    clock.pass_s(1)
+    clock.advance(1)
     assert await store.end_overdue(10) == 1
     assert store.counts() == Counter({Status.PENDING: 1})
 
@@ -677,7 +627,7 @@ async def test_a_stream_lease_ends_a_deadline_after_its_start(store: Inflight, c
 async def test_many_overdue_are_ended_in_slices(store: Inflight, clock: FixedClock) -> None:
     await put(store, *(f"{n}" for n in range(5)))
     await unary(store, 5)
-    clock.pass_s(60)
+    clock.advance(60)
     assert [await store.end_overdue(2) for _ in range(4)] == [2, 2, 1, 0]
 
 
@@ -686,7 +636,7 @@ async def test_at_most_once_never_waits_again(store: Inflight, clock: FixedClock
     await put(store, "a", at_most_once=True)
     lease = await one(stream(store))
     if how == "deadline":
-        clock.pass_s(13)
+        clock.advance(13)
         assert await store.end_overdue(10) == 1
     elif how == "silence":
         assert await store.reconcile("w1", []) == 1
@@ -714,11 +664,11 @@ async def test_reconcile_ends_what_the_worker_does_not_name(store: Inflight) -> 
 
 def test_presence(clock: FixedClock) -> None:
     presence = Presence(clock)
-    clock.pass_s(20)
+    clock.advance(20)
     presence.seen("w1")
-    clock.pass_s(10)
+    clock.advance(10)
     assert presence.silent(["w1", "never-seen"], 30_000) == ["never-seen"]
-    clock.pass_s(20)
+    clock.advance(20)
     assert presence.silent(["w1"], 30_000) == ["w1"]
 
 
@@ -751,10 +701,10 @@ async def finish(inflight: Inflight, *ids_: str) -> None:
 
 async def test_tombstones_are_forgotten_by_age(store: Inflight, clock: FixedClock) -> None:
     await finish(store, "a", "b", "c")
-    clock.pass_s(60)
+    clock.advance(60)
     await finish(store, "d")
     await put(store, "waits")
-    clock.pass_s(540)
+    clock.advance(540)
     assert await store.forget(600_000, 100, 2) == 2
     assert await store.forget(600_000, 100, 2) == 1
     assert await store.forget(600_000, 100, 2) == 0
@@ -765,7 +715,7 @@ async def test_tombstones_are_forgotten_by_age(store: Inflight, clock: FixedCloc
 async def test_tombstones_are_forgotten_by_count_oldest_first(store: Inflight, clock: FixedClock) -> None:
     for id_ in "abcde":
         await finish(store, id_)
-        clock.pass_s(1)
+        clock.advance(1)
     assert await store.forget(600_000, 2, 2) == 2
     assert await store.forget(600_000, 2, 2) == 1
     assert await store.forget(600_000, 2, 2) == 0
@@ -855,7 +805,7 @@ async def test_a_claim_expires_a_bounded_number_of_rows(
     monkeypatch.setattr(leases_module, "MAX_EXPIRED_PER_CLAIM", 10)
     await put(store, *(f"{n}" for n in range(95)), expires_s=1, dead_letter=False)
     await put(store, "fresh")
-    clock.pass_s(2)
+    clock.advance(2)
     sizes: list[int] = []
     store.observers.append(lambda changes: sizes.append(sum(changes.events.values())))
     assert ids(await stream(store, 4)) == ["fresh"]
@@ -896,7 +846,7 @@ async def test_an_expired_row_does_not_hold_up_a_strict_order(opened: Opener, cl
     async with opened(strict_order_namespaces=frozenset({"mail"})) as store:
         await put(store, "a", "b", expires_s=1)
         await put(store, "c", "d")
-        clock.pass_s(1)
+        clock.advance(1)
         assert ids(await stream(store)) == ["c"]
 
 
@@ -991,9 +941,9 @@ async def test_leases_restart_at_full_length(opened: Opener, clock: FixedClock) 
         await unary(store)
     clock.mono_ms = 1_000  # the machine was booted again
     async with opened() as store:
-        clock.pass_s(12.999)
+        clock.advance(12.999)
         assert await store.end_overdue(10) == 0
-        clock.pass_s(0.001)
+        clock.advance(0.001)
         assert await store.end_overdue(10) == 2
         assert await say(store, b, COMPLETE) is APPLIED  # and its worker reports to the new process
         check(store)
@@ -1249,7 +1199,7 @@ class Walk:
         await self.store.forget(60_000, 20, 5)
 
     async def time(self) -> None:
-        self.clock.pass_s(self.random.choice([0.1, 1, 8]))
+        self.clock.advance(self.random.choice([0.1, 1, 8]))
 
     def check(self) -> None:
         check(self.store)

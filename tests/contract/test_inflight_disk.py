@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio.testing
+from rows import arrival, check
 
 from taskd import database
 from taskd.activation.lifecycle import Status
@@ -34,23 +35,11 @@ def opened(path: Path, *, inline: bool = True) -> Any:
 
 
 def arrivals(*ids: str, size: int = 10) -> list[Arrival]:
-    return [
-        Arrival(
-            id_, "ns", "task", "app", None, 10, None, None, 0, True, False, "topic", 0, 0, None, b"x" * size
-        )
-        for id_ in ids
-    ]
+    return [arrival(id_, received_at_ms=None, activation=b"x" * size) for id_ in ids]
 
 
 async def claim(store: Inflight, limit: int = 10) -> list[Any]:
     return await store.claim(ClaimRequest(limit, LeaseKind.STREAM, holder="w"))
-
-
-def check(store: Inflight) -> None:
-    core = store._store
-    assert core.db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    counted = {(d.namespace, d.status): d.count for d in core.recount()}
-    assert {(d.namespace, d.status): d.count for d in store.depths()} == counted
 
 
 # ---- power

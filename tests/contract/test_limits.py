@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import arrival, check
 
 from taskd.activation.lifecycle import Status
 from taskd.clock import Now
 from taskd.inflight.base import (
-    Arrival,
     ClaimRequest,
     Lease,
     LeaseKind,
@@ -27,7 +27,7 @@ from taskd.inflight.known import known_tasks
 from taskd.inflight.limits import LimitKind, LimitRule
 from taskd.inflight.rates import Rate
 from taskd.inflight.writer import Inflight, open_inflight
-from taskd.testing.clock import START_WALL_MS, FixedClock
+from taskd.testing.clock import FixedClock
 
 Opener = Callable[..., AbstractAsyncContextManager[Inflight]]
 
@@ -71,24 +71,8 @@ def pool_limit(pool: str, concurrency: int) -> LimitRule:
 
 
 async def put(inflight: Inflight, *ids: str, taskname: str = "task", **changes: Any) -> None:
-    fields: dict[str, Any] = {
-        "namespace": "ns",
-        "application": "shop",
-        "received_at_ms": START_WALL_MS,
-        "processing_deadline_s": 10,
-        "expires_s": None,
-        "delay_s": None,
-        "attempts": 0,
-        "dead_letter": True,
-        "at_most_once": False,
-        "topic": "taskd",
-        "partition": 0,
-        "offset": 0,
-        "record_key": None,
-        "taskname": taskname,
-        **changes,
-    }
-    await inflight.insert([Arrival(id=id_, activation=id_.encode(), **fields) for id_ in ids])
+    fields = {"namespace": "ns", "taskname": taskname, **changes}
+    await inflight.insert([arrival(id_, **fields) for id_ in ids])
 
 
 async def claim(
@@ -113,13 +97,6 @@ async def relane(inflight: Inflight, limit: int = 100) -> int:
     while await inflight.relane(limit) == limit:
         rounds += 1
     return rounds
-
-
-def check(inflight: Inflight) -> None:
-    core = inflight._store
-    stored = {(lane, Status(status)): n for lane, status, n in core.run("recount")}
-    counted = {(lane.number, s): n for lane in core.lanes.values() for s, n in lane.counts.items() if n}
-    assert counted == stored
 
 
 # ---- concurrency

@@ -10,13 +10,14 @@ from typing import Any
 
 import msgpack
 import pytest
+from rows import arrival
 
 from taskd.activation.lifecycle import Status
 from taskd.activation.switches import Condition, Switch, SwitchKind, SwitchSource
 from taskd.errors import StoreError
 from taskd.inflight import gated
 from taskd.inflight import switches as switches_module
-from taskd.inflight.base import Arrival, ClaimRequest, Inserted, Lease, LeaseKind, Policy, Ref, Settlement
+from taskd.inflight.base import ClaimRequest, Inserted, Lease, LeaseKind, Policy, Ref, Settlement
 from taskd.inflight.switches import DemotedTo, Replaced, Switches
 from taskd.inflight.writer import Inflight, open_inflight
 from taskd.testing.clock import FixedClock
@@ -40,30 +41,14 @@ async def store(tmp_path: Path, clock: FixedClock) -> AsyncIterator[Inflight]:
 
 
 async def put(store: Inflight, *ids: str, args: list[Any] | None = None, **fields: Any) -> Inserted:
-    fields = {"namespace": "mail", "taskname": "send", "application": "shop", **fields}
     parameters = msgpack.packb({"args": args or [], "kwargs": {}})
+    taskname = fields.get("taskname", "send")
+
+    def activation(id_: str) -> bytes:
+        return bytes(TaskActivation(id=id_, taskname=taskname, parameters_bytes=parameters))
+
     return await store.insert(
-        [
-            Arrival(
-                id=id_,
-                received_at_ms=None,
-                processing_deadline_s=10,
-                expires_s=fields.get("expires_s"),
-                delay_s=fields.get("delay_s"),
-                attempts=0,
-                dead_letter=True,
-                at_most_once=False,
-                topic="taskd",
-                partition=0,
-                offset=0,
-                record_key=None,
-                activation=bytes(
-                    TaskActivation(id=id_, taskname=fields["taskname"], parameters_bytes=parameters)
-                ),
-                **{name: fields[name] for name in ("namespace", "taskname", "application")},
-            )
-            for id_ in ids
-        ]
+        [arrival(id_, received_at_ms=None, activation=activation(id_), **fields) for id_ in ids]
     )
 
 
@@ -356,10 +341,7 @@ async def test_nothing_killed_is_handed_out_before_a_round_came_by(store: Inflig
 async def test_arguments_that_cannot_be_read_fall_under_no_condition(store: Inflight) -> None:
     await store.put_switch(Switch(KILL, taskname="send", conditions=(Condition(0, 17),)))
     broken = bytes(TaskActivation(id="x", taskname="send", parameters_bytes=b"\xc1"))
-    arrival = Arrival(
-        "x", "mail", "send", "shop", None, 10, None, None, 0, True, False, "taskd", 0, 0, None, broken
-    )
-    assert await store.insert([arrival]) == Inserted(pending=1)
+    assert await store.insert([arrival("x", activation=broken)]) == Inserted(pending=1)
     assert await claimed(store) == ["x"]
 
 
