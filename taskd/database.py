@@ -99,18 +99,22 @@ def hold_lock(path: Path) -> Iterator[None]:
 def apply_in_one_transaction(
     db: apsw.Connection, writes: Sequence[Write], *, before_commit: Callable[[], object] = lambda: None
 ) -> list[outcome.Outcome[object]]:
-    """Run `writes` in one transaction, each in a savepoint: one that raises undoes only itself.
+    """Run `writes` in one transaction: one that raises undoes only itself.
 
-    `before_commit` runs behind the last of them; if it raises, so does this, and nothing was applied.
-    Raises StoreError when the transaction as a whole could not commit; then nothing was applied.
-    A single write's SQLite error is its outcome, as a StoreError.
+    `before_commit` runs behind the last of them, unless the only one failed; if it raises, so does this, and
+    nothing was applied. Raises StoreError when the transaction as a whole could not commit; then nothing was
+    applied. A single write's SQLite error is its outcome, as a StoreError.
     """
-    results: list[outcome.Outcome[object]] = []
     try:
         db.execute("BEGIN IMMEDIATE")
         try:
-            for write in writes:
-                results.append(_in_savepoint(db, write))
+            if len(writes) == 1:  # alone, it is undone with the transaction: it needs no savepoint
+                results = [_caught(db, writes[0])]
+                if isinstance(results[0], outcome.Error):
+                    db.execute("ROLLBACK")
+                    return results
+            else:
+                results = [_in_savepoint(db, write) for write in writes]
             before_commit()
             db.execute("COMMIT")
         except BaseException:
@@ -124,20 +128,24 @@ def apply_in_one_transaction(
 
 def _in_savepoint(db: apsw.Connection, write: Write) -> outcome.Outcome[object]:
     db.execute("SAVEPOINT write")
+    result = _caught(db, write)
+    if isinstance(result, outcome.Error):
+        db.execute("ROLLBACK TO write")
+    db.execute("RELEASE write")
+    return result
+
+
+def _caught(db: apsw.Connection, write: Write) -> outcome.Outcome[object]:
     try:
-        result = write()
+        return outcome.Value(write())
     except Exception as error:
         if not db.in_transaction:  # a full disk or an I/O error rolls everything back by itself
             raise
-        db.execute("ROLLBACK TO write")
-        db.execute("RELEASE write")
         if isinstance(error, apsw.Error):
             own = _own(error)
             own.__cause__ = error
             return outcome.Error(own)
         return outcome.Error(error)
-    db.execute("RELEASE write")
-    return outcome.Value(result)
 
 
 def copy_database(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import apsw
 import outcome
@@ -109,6 +109,9 @@ class Changes:
         self.moves.extend(other.moves)
 
 
+NOTHING: Final = Changes()  # never changed itself
+
+
 class SqliteStore:
     """The open file and what is kept in memory beside it: lanes and their counters.
 
@@ -138,15 +141,17 @@ class SqliteStore:
         # By lane, and by the names that the claimant knows: up to this seq, nothing that waits may go.
         self.passed: dict[int, dict[frozenset[str] | None, int]] = {}
         self._write = Changes()
-        self._batch = Changes()
+        self._batch = NOTHING  # of the writes so far that this transaction keeps
         self.db = open_database(path)
         try:
             self._migrate()
             self.store_id = self._meta("store_id") or self._new_store_id()
             self.last_fence = int(self._meta("last_fence") or 0)
             self.last_seq = int(self._meta("last_seq") or 0)
+            self._saved: tuple[int, int] | None = None  # both as the file has them; None: not known
             self.finished_until_ms = int(self._meta("finished_until_ms") or 0)
             self._load_lanes()
+            self._page_bytes = int(self.db.pragma("page_size"))
             self.used_bytes = self._measure_used()
             # Monotonic clocks do not survive a reboot: every lease begins again at full length.
             self.run("restart_leases", now.mono_ms + policy.grace_ms, now.mono_ms)
@@ -196,19 +201,22 @@ class SqliteStore:
             self.on_damage()
 
     def _apply_together(self, writes: Sequence[Write]) -> list[outcome.Outcome[object]]:
-        self._batch = Changes()
+        self._batch = NOTHING
         tracked = [partial(self._tracked, write) for write in writes]
         try:
             results = apply_in_one_transaction(self.db, tracked, before_commit=self._save_counters)
         except BaseException:
+            self._saved = None
             self._undo(self._batch)
             raise
-        self._batch.transitions = [
-            Transition(found[0], before, event, status)
-            for row, before, event, status in self._batch.moves
-            if (found := self.one("id_of", row)) is not None  # else deleted in this very transaction
-        ]
-        self.on_commit(self._batch)
+        batch = self._batch
+        if batch.moves:
+            batch.transitions = [
+                Transition(found[0], before, event, status)
+                for row, before, event, status in batch.moves
+                if (found := self.one("id_of", row)) is not None  # else deleted in this very transaction
+            ]
+        self.on_commit(batch)
         return results
 
     def _tracked(self, write: Write) -> object:
@@ -218,7 +226,10 @@ class SqliteStore:
         except BaseException:
             self._undo(self._write)
             raise
-        self._batch.absorb(self._write)
+        if self._batch is NOTHING:
+            self._batch = self._write
+        else:
+            self._batch.absorb(self._write)
         return result
 
     def _undo(self, changes: Changes) -> None:
@@ -248,8 +259,12 @@ class SqliteStore:
         if rows:
             self.db.executemany(self.queries["write_depth"], rows)
         if self._batch.counts:  # else no row moved, so none took a fence or a number either
-            self.run("write_meta", "last_fence", str(self.last_fence))
-            self.run("write_meta", "last_seq", str(self.last_seq))
+            saved_fence, saved_seq = self._saved or (None, None)
+            if self.last_fence != saved_fence:
+                self.run("write_meta", "last_fence", str(self.last_fence))
+            if self.last_seq != saved_seq:
+                self.run("write_meta", "last_seq", str(self.last_seq))
+            self._saved = self.last_fence, self.last_seq
             self.used_bytes = self._measure_used()
 
     # ---- statements
@@ -462,7 +477,7 @@ class SqliteStore:
 
     def _measure_used(self) -> int:
         pages: int = self.db.pragma("page_count") - self.db.pragma("freelist_count")
-        return pages * int(self.db.pragma("page_size"))
+        return pages * self._page_bytes
 
     def shrink(self, max_pages: int) -> int:
         """Give free pages back to the disk once they are a large part of the file. Returns how many.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -565,9 +565,17 @@ async def open_inflight(
             yield inflight
             return
         token = trio.lowlevel.current_trio_token()
-        async with open_group_commit(store.apply, name="taskd-store", on_batch=on_batch) as committer:
+        committed: deque[Changes] = deque()
+
+        def answered(size: int, seconds: float) -> None:
+            # In the turn of the loop that answers the writes: to wake it once more would cost as much again.
+            while committed:
+                inflight._committed(committed.popleft())
+            on_batch(size, seconds)
+
+        async with open_group_commit(store.apply, name="taskd-store", on_batch=answered) as committer:
             inflight = Inflight(store, committer, clock)
-            store.on_commit = lambda changes: token.run_sync_soon(inflight._committed, changes)
+            store.on_commit = committed.append
             store.on_undo = lambda: token.run_sync_soon(inflight._undone)
             store.on_damage = lambda: token.run_sync_soon(inflight.damaged.set)
             yield inflight
