@@ -68,7 +68,8 @@ class PoolSection(Section):
         default=5.0, description="an async task that keeps its child's loop from the others so long is ended"
     )
     max_tasks_per_child: PositiveInt = Field(
-        default=10_000, description="a child is replaced after so many tasks"
+        default=100_000,
+        description="a child is replaced after so many tasks; one start costs as much as thousands",
     )
     max_child_rss_mb: PositiveInt | None = Field(
         default=None, description="a child is replaced after a task that left it with more memory; null: not"
