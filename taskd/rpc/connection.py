@@ -31,8 +31,10 @@ from h2.exceptions import FrameTooLargeError
 from h2.settings import SettingCodes, Settings
 from trio.lowlevel import ParkingLot
 
+from taskd.rpc.blocks import RememberingDecoder
 from taskd.rpc.exchange import Exchange, Signal
 from taskd.rpc.limits import FRAME_S, HELLO_S, MAX_UNSENT_BYTES, Budget, Glitches, Keepalive
+from taskd.rpc.shortcut import Shortcut
 
 log = structlog.get_logger("taskd.rpc")
 
@@ -40,13 +42,14 @@ STREAM_WINDOW_BYTES = 4 * 1024 * 1024
 # Larger than a stream's, so that one stream nobody reads does not stop the others.
 CONNECTION_WINDOW_BYTES = 16 * 1024 * 1024
 FRAME_BYTES = 256 * 1024  # HTTP/2 begins with 16 KiB, and each frame costs as much as a small message
+MAX_HEADER_BYTES = 64 * 1024  # of one block
 INITIAL_WINDOW_BYTES = 65_535  # of a connection, by RFC 9113
 SETTINGS = {
     SettingCodes.ENABLE_PUSH: 0,
     SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
     SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES,
     SettingCodes.MAX_CONCURRENT_STREAMS: 100,
-    SettingCodes.MAX_HEADER_LIST_SIZE: 64 * 1024,
+    SettingCodes.MAX_HEADER_LIST_SIZE: MAX_HEADER_BYTES,
 }
 GLITCHES = (PingReceived, RemoteSettingsChanged, PriorityUpdated, UnknownFrameReceived)
 READ_BYTES = 256 * 1024
@@ -118,8 +121,10 @@ class Channel(Connection):
         return Exchange(self, stream_id)
 
     def ack(self, stream_id: int, size: int) -> None:
-        if not self.is_closing():
-            super().ack(stream_id, size)
+        if size and not self.is_closing():
+            self.h2.acknowledge_received_data(size, stream_id)
+            if self.h2._data_to_send:  # rarely: windows are opened again when half of them is used
+                self.flush_soon()
 
     def flush(self) -> None:
         if not self.is_closing():
@@ -141,10 +146,11 @@ class Channel(Connection):
         super().close()
 
 
-class _Processor(EventsProcessor):
+class Processor(EventsProcessor):
     """Gives each event to its stream. Events grpclib does not know are ignored, as HTTP/2 asks."""
 
     connection: Channel
+    streams: dict[int, Exchange]  # type: ignore[assignment]  # no others are made here
 
     def process(self, event: H2Event) -> None:
         processors = getattr(self, "processors", {})  # grpclib deletes them on close
@@ -166,7 +172,7 @@ class Protocol(H2Protocol):
     """What asyncio's transport calls. An error here costs this connection and nothing else."""
 
     connection: Channel
-    processor: _Processor
+    processor: Processor
 
     def __init__(
         self,
@@ -203,6 +209,8 @@ class Protocol(H2Protocol):
         h2.local_settings = Settings(client=self.h2_config.client_side, initial_values=SETTINGS)
         # At once, not when the peer confirms: its confirmation and a large frame may come in one read.
         h2.max_inbound_frame_size = FRAME_BYTES
+        h2.decoder = decoder = RememberingDecoder()
+        decoder.max_header_list_size = MAX_HEADER_BYTES
         h2.initiate_connection()
         h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - INITIAL_WINDOW_BYTES)
         self.connection = Channel(
@@ -213,7 +221,8 @@ class Protocol(H2Protocol):
         self._glitches = Glitches(self._began_s)
         self.connection.flush()
         self.connection.initialize()
-        self.processor = _Processor(self.handler, self.connection)
+        self.processor = Processor(self.handler, self.connection)
+        self._shortcut = Shortcut(self.connection, self.processor, decoder)
         if self._unwanted:
             self.processor.close("the server is stopping")
 
@@ -246,7 +255,12 @@ class Protocol(H2Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            events = self.connection.feed(data)
+            rest = self._shortcut.take(data)
+            if rest is not data:
+                self._last_frame_s = self._now_s()
+                if not rest:
+                    return
+            events = self.connection.feed(rest)
             self._check_frame_size()
             self.connection.flush()
             if events or not self._unfinished:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import struct
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from trio.lowlevel import ParkingLot
 from taskd.errors import PeerUnavailable
 from taskd.rpc.base import Headers
 from taskd.rpc.inbox import PREFIX, Inbox
+from taskd.rpc.shortcut import DATA, END_HEADERS, END_STREAM, HEADERS, frame_head
 
 if TYPE_CHECKING:
     from taskd.rpc.connection import Channel
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 # An answer of status OK always has the same two blocks of headers. Encoded once, without the encoder's
 # memory, they save a fifth of the time that a small call takes.
-DATA, HEADERS = 0, 1
-END_STREAM, END_HEADERS = 1, 4
 WHOLE_ANSWER = (
     StreamInputs.SEND_HEADERS,
     StreamInputs.SEND_DATA,
@@ -55,13 +53,6 @@ OK_HEADS = {
     for kind in ("application/grpc", "application/grpc+proto")
 }
 OK_TAIL = _never_indexed(b"\x00\x0bgrpc-status", "0")
-
-
-def _frame_head(size: int, kind: int, flags: int, stream_id: int) -> bytes:
-    return FRAME_HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream_id)
-
-
-FRAME_HEAD = struct.Struct(">HBBBI")
 
 
 class Signal(asyncio.Event):
@@ -185,12 +176,12 @@ class Exchange(GrpclibStream):
         h2.outbound_flow_control_window -= size
         h2._data_to_send += b"".join(
             (
-                _frame_head(len(head), HEADERS, END_HEADERS, self.id),
+                frame_head(len(head), HEADERS, END_HEADERS, self.id),
                 head,
-                _frame_head(size, DATA, 0, self.id),
+                frame_head(size, DATA, 0, self.id),
                 PREFIX.pack(0, len(body)),
                 body,
-                _frame_head(len(OK_TAIL), HEADERS, END_HEADERS | END_STREAM, self.id),
+                frame_head(len(OK_TAIL), HEADERS, END_HEADERS | END_STREAM, self.id),
                 OK_TAIL,
             )
         )
