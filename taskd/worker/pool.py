@@ -42,6 +42,7 @@ GOODBYE_WITHIN_S = 2.0
 KILL_WITHIN_S = 2.0  # for the end of processes that were killed
 TIMEOUT_MARGIN_S = 1.0  # a task at its deadline is ended, and reported within the grace
 LATE_ROUND_S = 0.5
+SPARES_AFTER_S = 2.0  # whatever waited for this worker is more urgent than the start of another process
 STUCK_AFTER_S = 60.0  # longer than a slot may take to end what must end
 MB = 2**20
 
@@ -301,7 +302,7 @@ class Pool:
                 # Stopping is possible while children do not start.
                 watching.start_soon(_cancel_when, stop, watching.cancel_scope)
                 await self._until_warm()
-                self._spares.begin()
+                watching.start_soon(self._begin_spares)
                 self.was_warm = True
                 self._changed()
                 task_status.started(self)
@@ -318,6 +319,10 @@ class Pool:
             await self._until_change()
             self._learn_tasks()
         log.info("pool ready", pool=self.name, slots=len(self.slots))
+
+    async def _begin_spares(self) -> None:
+        await trio.sleep(SPARES_AFTER_S)
+        self._spares.begin()
 
     def _learn_tasks(self) -> None:
         self.async_part.learn({task for slot in self.slots for task in slot.tasks})

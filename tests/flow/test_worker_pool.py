@@ -20,7 +20,7 @@ from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
 from taskd.worker import results
 from taskd.worker.child import Child, ChildGone, Piece
 from taskd.worker.output import nobody
-from taskd.worker.pool import Pool, run_pool
+from taskd.worker.pool import SPARES_AFTER_S, Pool, run_pool
 
 COMPLETE = pipe.Verdict(int(ResultStatus.COMPLETE))
 CANCELLED = pipe.Verdict(int(ResultStatus.FAILURE), "error")
@@ -657,7 +657,7 @@ async def test_a_spare_takes_over_at_once_from_a_child_that_crashed(autojump_clo
     spawner = ScriptedSpawner(start_s=5)
     async with running(spawner=spawner, slots=1, spare_children=1) as it:
         broker = await it.network.accept()
-        await trio.sleep(6)
+        await trio.sleep(SPARES_AFTER_S + 6)
         begin = trio.current_time()
         broker.tell(work("a", task="0.1 crash"), work("b", task="0.1"))
         await broker.until(lambda: len(broker.results) == 2)
