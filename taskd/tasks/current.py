@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
@@ -86,12 +85,13 @@ class CurrentTask:
         self.supervisor.heartbeat(*checked(progress, message))
 
 
-_current: ContextVar[CurrentTask | None] = ContextVar("taskd.current_task", default=None)
+_current: ContextVar[running | None] = ContextVar("taskd.current_task", default=None)
 
 
 def current_task() -> CurrentTask | None:
     """The activation this code runs for; None when the function was called directly."""
-    return _current.get()
+    block = _current.get()
+    return None if block is None else block.task
 
 
 def heartbeat(progress: float | None = None, message: str = "") -> None:
@@ -104,14 +104,30 @@ def heartbeat(progress: float | None = None, message: str = "") -> None:
         task.heartbeat(progress, message)
 
 
-@contextmanager
-def running(task: CurrentTask) -> Iterator[None]:
-    """Let `current_task()` answer `task` while the block lasts. For what runs tasks: workers, eager mode."""
-    token = _current.set(task)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class running:
+    """Let `current_task()` answer `task` while the block lasts. For what runs tasks: workers, eager mode.
+
+    A function makes it when it is asked for first: most tasks never ask.
+    """
+
+    __slots__ = ("_task", "_token")
+
+    def __init__(self, task: CurrentTask | Callable[[], CurrentTask]) -> None:
+        self._task = task
+        self._token: Token[running | None] | None = None
+
+    @property
+    def task(self) -> CurrentTask:
+        if not isinstance(self._task, CurrentTask):
+            self._task = self._task()
+        return self._task
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        assert self._token is not None
+        _current.reset(self._token)
 
 
 def retry_task(delay: int | None = None, *, message: str | None = None) -> NoReturn:

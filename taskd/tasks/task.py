@@ -156,9 +156,10 @@ class Task(Generic[P, R]):
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any], headers: Mapping[str, str]) -> object:
         """Call the function as an activation asks for; for what runs tasks. A coroutine if `is_async`."""
-        extra = {"headers": dict(headers)} if self.pass_headers else {}
         function: Callable[..., object] = self.function
-        return function(*args, **{**kwargs, **extra})
+        if self.pass_headers:
+            kwargs = {**kwargs, "headers": dict(headers)}
+        return function(*args, **kwargs)
 
     @property
     def origin(self) -> str:

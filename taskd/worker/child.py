@@ -48,6 +48,8 @@ class Child(Protocol):
     async def receive(self) -> list[pipe.Report]:
         """Whatever was reported, at least one. Meanwhile what tasks print is logged.
 
+        The start of a task that is over soon may be left out: its end says enough. Of any other it is told
+        within some milliseconds, and before anything else that its task reports.
         Raises ChildGone once the process ended and all it wrote was returned, ProtocolViolation
         when something else than reports was written. Cancelling loses nothing.
         """

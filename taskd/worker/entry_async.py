@@ -2,8 +2,9 @@
 
 Started as `python -m taskd.worker.entry_async`, with the pipes and the protocol of entry.py. What differs:
 what it is given begins at once, so the worker gives it no more than may run; an operator's order cancels
-the scope of one task; and the loop makes a step every quarter of a second while tasks run. Its
-steps are counted in memory that the worker shares (entry_async_step.py), so a task that blocks it is noticed.
+the scope of one task; starts are reported; and the loop makes a step every quarter of a second while tasks
+run. The memory that the worker shares counts its steps (entry_async_step.py), so a task that blocks it is
+noticed.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Activity:
             value.close()
             text = f"{self._run.task} returned a coroutine, which nobody runs; is an `await` missing?"
             return entry_run.failure("error", text), False
-        return entry_run.COMPLETE, False
+        return pipe.COMPLETE, False
 
     async def _await(self, arguments: tuple[list[Any], dict[str, Any]]) -> object:
         coroutine: Any = self._run.task.run(*arguments, self._run.body.headers)

@@ -49,11 +49,11 @@ _OURS = (
     "taskd.tasks.task",
 )
 _ASYNC_ELSEWHERE = "the task is async, and this pool runs none: set its `async_slots`"
-COMPLETE = pipe.Verdict(_STATUS["complete"])
 
 _rng = random.Random()  # for the jitter of retries; a child process is a root
 
 assert internal  # imported to register its tasks
+assert _STATUS["complete"] == pipe.COMPLETE.status
 
 
 class Run(NamedTuple):
@@ -125,7 +125,11 @@ def prepare(activation: bytes, *, is_async: bool = False) -> Run | pipe.Verdict:
     if task.is_async != is_async:
         return failure("wrong_child", _ASYNC_ELSEWHERE if task.is_async else f"{task} is not async")
     policy = None if body.at_most_once else task.retry
-    return Run(task, body, policy, _verdict(decide(policy, body.attempts, TimedOut(), _rng), ""))
+    return Run(task, body, policy, _NO_RETRY if policy is None else _on_timeout(policy, body.attempts))
+
+
+def _on_timeout(policy: Retry | None, attempts: int) -> pipe.Verdict:
+    return _verdict(decide(policy, attempts, TimedOut(), _rng), "")
 
 
 def arguments(run: Run) -> tuple[list[Any], dict[str, Any]] | pipe.Verdict:
@@ -177,6 +181,9 @@ def failure(reason: str, error: str) -> pipe.Verdict:
 def _verdict(decision: Decision, error: str) -> pipe.Verdict:
     status = _STATUS[decision.status]
     return pipe.Verdict(status, decision.reason, error, decision.max_attempts, decision.delay_on_retry)
+
+
+_NO_RETRY = _on_timeout(None, 0)  # whichever attempt it is
 
 
 def describe(error: BaseException) -> str:

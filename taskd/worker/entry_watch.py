@@ -27,6 +27,7 @@ Tell = Callable[[pipe.Heartbeat], None]
 
 _getsignal: Callable[[int], Any] = _signal.getsignal  # the public one takes ten times as long to name it
 _monotonic = time.monotonic
+_NEVER = float("inf")
 
 
 class Supervised:
@@ -34,13 +35,14 @@ class Supervised:
 
     __slots__ = ("_beats", "_deadline_s", "_most", "_watch", "cancelled", "deadline", "number", "overdue")
 
-    def __init__(self, watch: Watch, number: int, deadline_s: float, max_deadline_s: float | None) -> None:
-        now = _monotonic()
+    def __init__(
+        self, watch: Watch, number: int, begun_s: float, deadline_s: float, max_deadline_s: float | None
+    ) -> None:
         self.number = number
         self.overdue = False  # its deadline interrupted it
         self.cancelled = False
-        self._most = float("inf") if max_deadline_s is None else now + max(max_deadline_s, deadline_s)
-        self.deadline = now + deadline_s
+        self._most = _NEVER if max_deadline_s is None else begun_s + max(max_deadline_s, deadline_s)
+        self.deadline = begun_s + deadline_s
         self._deadline_s = deadline_s
         self._watch = watch
         self._beats: Heartbeats | None = None
@@ -115,8 +117,9 @@ class Watch:
 
     # ---- around one task
 
-    def supervise(self, number: int, work: pipe.Work) -> Supervised:
-        return Supervised(self, number, work.deadline_s, work.max_deadline_s)
+    def supervise(self, number: int, work: pipe.Work, begun_s: float) -> Supervised:
+        """`begun_s`: of the monotonic clock."""
+        return Supervised(self, number, begun_s, work.deadline_s, work.max_deadline_s)
 
     def open(self, task: Supervised) -> None:
         self._number = task.number

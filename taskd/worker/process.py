@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from taskd.errors import StartupError
-from taskd.worker import descendants
+from taskd.worker import descendants, entry_note
 from taskd.worker import entry_pipe as pipe
 from taskd.worker.child import ChildGone
 from taskd.worker.process_child import Ends, ProcessChild
@@ -23,9 +23,9 @@ class ProcessSpawner:
     """Starts `python -m PROGRAM`, which is entry.py or does as it does.
 
     `modules`: imported in the child besides the installed plugins, for tasks that are not packaged.
-    `environment`: replaces the worker's own. `shares_step`: the program takes one descriptor more, of
-    memory in which it keeps the number of the activation that it is at. `memory_limit_bytes`: of data, for
-    the child and for each process it starts, which then get MemoryError; 0: no limit.
+    `environment`: replaces the worker's own. `shares_step`: the memory that it shares is for steps of a
+    loop (entry_async_step.py), not for a note of what began (entry_note.py). `memory_limit_bytes`: of data,
+    for the child and for each process it starts, which then get MemoryError; 0: no limit.
     """
 
     def __init__(
@@ -83,11 +83,10 @@ class ProcessSpawner:
                 fds += os.pipe()
             work_read, work_write, token_read, token_write, report_read, report_write = fds[:6]
             order_read, order_write, out_read, out_write, error_read, error_write = fds[6:]
-            theirs = [work_read, token_read, report_write, order_read]
-            if self._shares_step:
-                fds.append(os.memfd_create("taskd-step"))
-                os.ftruncate(fds[-1], pipe.STEP_BYTES)
-                theirs.append(fds[-1])
+            shared_bytes = pipe.STEP_BYTES if self._shares_step else entry_note.NOTE_BYTES
+            fds.append(os.memfd_create("taskd-child"))
+            os.ftruncate(fds[-1], shared_bytes)
+            theirs = [work_read, token_read, report_write, order_read, fds[-1]]
             mark = uuid.uuid4().hex
             inherited = os.environ if self._environment is None else self._environment
             # Not trio.lowlevel.open_process: it starts processes from a thread that ends when idle, and
@@ -106,11 +105,11 @@ class ProcessSpawner:
             for fd in fds:
                 os.close(fd)
             raise StartupError(f"cannot start a child process: {error}") from None
-        step = mmap.mmap(fds[-1], pipe.STEP_BYTES) if self._shares_step else None
+        shared = mmap.mmap(fds[-1], shared_bytes)
         for fd in (work_read, report_write, order_read, out_write, error_write, *fds[12:]):
             os.close(fd)
         ends = Ends(work_write, token_read, token_write, report_read, order_write, out_read, error_read)
-        return ProcessChild(process, pidfd, mark, ends, step)
+        return ProcessChild(process, pidfd, mark, ends, shared, shares_step=self._shares_step)
 
     def _command(self, descriptors: Sequence[int]) -> list[str]:
         command = [sys.executable, "-P", "-m", self._program]

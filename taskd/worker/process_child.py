@@ -18,6 +18,7 @@ from taskd.worker import descendants
 from taskd.worker import entry_pipe as pipe
 from taskd.worker.child import ChildGone, Piece
 from taskd.worker.output import Budget, Stream, Whose, nobody
+from taskd.worker.starts import LASTS_S, Starts
 
 READ_BYTES = 65_536
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -48,7 +49,9 @@ class ProcessChild:
         pidfd: int,
         mark: str,
         ends: Ends,
-        step: mmap.mmap | None = None,
+        shared: mmap.mmap,
+        *,
+        shares_step: bool = False,
     ) -> None:
         self.pid = process.pid
         self.rss_bytes = 0
@@ -57,7 +60,10 @@ class ProcessChild:
         self._pidfd = pidfd
         self._mark = mark
         self._ends = ends
-        self._step = step
+        self._shared = shared
+        self._shares_step = shares_step
+        self._starts = Starts(None if shares_step else shared)
+        self._idle = trio.CancelScope()  # while there is nothing to be read
         for fd in ends:
             os.set_blocking(fd, False)
         self._work = trio.lowlevel.FdStream(ends.work)
@@ -80,35 +86,52 @@ class ProcessChild:
         frames = b"".join(map(_frame, work))
         # Tokens first: a child that waits for a token would never read a frame that fills the pipe.
         os.write(self._ends.token_write, pipe.TOKEN_RUN * len(work))
+        self._starts.given(len(work), trio.current_time())
+        self._idle.deadline = self._starts.look_at
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._work.send_all(frames)
 
     async def receive(self) -> list[pipe.Report]:
+        was_woken = False
         while True:
             await trio.lowlevel.checkpoint()
+            # Before the pipe is read: what ended before that task began is in there by now.
+            started = self._starts.look(trio.current_time(), early=was_woken)
             try:
                 data = os.read(self._ends.reports, READ_BYTES)
             except BlockingIOError:
+                if started is not None and (was_woken or started.ago_s >= LASTS_S):
+                    return [self._starts.tell(started)]  # what is printed is that one's
                 if self._ended:
                     self._drain()  # once: somebody else may hold the pipe, and write without end
                     raise ChildGone(await self._obituary()) from None
                 # If it ended, read once more: it may have written in between.
                 if not self._has_ended() and not self._drain():
-                    await trio.lowlevel.wait_readable(self._any.fileno())
+                    was_woken = await self._until_news()
                 continue
             self._drain()  # what was printed before the report was written is of what ran then
             if not data:
                 raise ChildGone(await self._obituary())
             self.look()
             self._splitter.feed(data)
-            if reports := [pipe.decode_report(frame) for frame in self._splitter]:
+            reports = [pipe.decode_report(frame) for frame in self._splitter]
+            if len(data) == READ_BYTES:
+                started = None  # what ended before it began may be behind this
+            if reports := self._starts.heard(reports, started, trio.current_time()):
                 return reports
+
+    async def _until_news(self) -> bool:
+        """Until there is something to be read, or to be looked for: then False."""
+        with trio.CancelScope(deadline=self._starts.look_at) as self._idle:
+            await trio.lowlevel.wait_readable(self._any.fileno())
+        return not self._idle.cancelled_caught
 
     def take_back(self) -> int:
         try:
             taken = len(os.read(self._ends.token_read, READ_BYTES))
         except BlockingIOError:
             return 0
+        self._starts.taken_back(taken)
         if not self._dismissed:
             os.write(self._ends.token_write, pipe.TOKEN_SKIP * taken)
         return taken
@@ -130,7 +153,7 @@ class ProcessChild:
         return bool(descendants.of(self.pid))
 
     def step(self) -> pipe.Step:
-        return pipe.Step(0, 0) if self._step is None else pipe.read_step(self._step[: pipe.STEP_BYTES])
+        return pipe.read_step(self._shared[: pipe.STEP_BYTES]) if self._shares_step else pipe.Step(0, 0)
 
     # ---- end
 
@@ -203,8 +226,7 @@ class ProcessChild:
             os.close(fd)
         if self._memory >= 0:
             os.close(self._memory)
-        if self._step is not None:
-            self._step.close()  # it has a descriptor of its own
+        self._shared.close()  # it has a descriptor of its own
 
     # ---- output
 

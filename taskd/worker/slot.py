@@ -310,9 +310,11 @@ class Slot:
 
     def _handle(self, report: pipe.Report) -> bool:
         match report:
-            case pipe.Started(number, on_timeout, quiet) if number in self._inside and self._running is None:
+            case pipe.Started(number, on_timeout, quiet, ago_s) if (
+                number in self._inside and self._running is None
+            ):
                 self._running, self._on_timeout, self._quiet = number, on_timeout, quiet
-                self._since, self._stuck = trio.current_time(), False
+                self._since, self._stuck = trio.current_time() - ago_s, False
                 job = self._inside[number]
                 self._must_end_at = self._since + job.deadline_s
                 job.account.start(job)

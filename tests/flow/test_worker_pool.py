@@ -24,6 +24,7 @@ from taskd.worker.pool import SPARES_AFTER_S, Pool, run_pool
 
 COMPLETE = pipe.Verdict(int(ResultStatus.COMPLETE))
 CANCELLED = pipe.Verdict(int(ResultStatus.FAILURE), "error")
+UNSEEN_S = 0.05
 RETRY_ON_TIMEOUT = pipe.Verdict(int(ResultStatus.RETRY), "timeout", "", 4, 7)
 
 
@@ -34,7 +35,7 @@ class ScriptedChild:
     """Runs b"1.5" in 1.5 seconds, crashes for b"1.5 crash", speaks nonsense for b"0 junk".
 
     An exception ends its task at the deadline, or ordered; not b"9 swallows", which SIGTERM ends, nor
-    b"9 stubborn", which only SIGKILL does.
+    b"9 stubborn", which only SIGKILL does. Who begins b"9 unseen" is seen later.
     """
 
     ready = pipe.Ready((pipe.KnownTask("app", "tests", "any"),))
@@ -130,13 +131,17 @@ class ScriptedChild:
         if how == "decodes":
             await trio.sleep(1)
         self.started.append(piece.activation)
-        self._tell(pipe.Started(number, RETRY_ON_TIMEOUT))
+        unseen_s = 0.0
+        if "unseen" in how:
+            unseen_s = UNSEEN_S
+            await trio.sleep(unseen_s)
+        self._tell(pipe.Started(number, RETRY_ON_TIMEOUT, ago_s=unseen_s))
         if "beats" in how:
             await trio.sleep(3.05 if "late" in how else 2)
             self._tell(pipe.Heartbeat(number, 0.5, "half"))
         self.stubborn, self._number = "stubborn" in how, number
         self.listens = not self.stubborn and "swallows" not in how
-        limit_s = piece.deadline_s if self.listens else float("inf")
+        limit_s = piece.deadline_s - unseen_s if self.listens else float("inf")
         with trio.CancelScope(deadline=trio.current_time() + limit_s) as self._task:
             await trio.sleep(float(seconds))
         self._number = 0
@@ -521,6 +526,36 @@ async def test_a_task_at_its_deadline_is_ended_step_by_step(
         assert it.pool.statistics().crashes == 0
         if killed:
             assert ("SIGKILL" if "stubborn" in task else "SIGTERM") in result.error
+
+
+async def test_the_deadline_counts_from_the_start_and_not_from_when_it_was_seen(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        begin = trio.current_time()
+        broker.tell(work("a", task="50 unseen stubborn", deadline_s=3))
+        await broker.until(lambda: bool(broker.started))
+        assert trio.current_time() - begin == pytest.approx(UNSEEN_S, abs=0.01)
+        await broker.until(lambda: bool(broker.results))
+        assert trio.current_time() - begin == pytest.approx(5, abs=0.01)
+        assert (broker.results[0].reason, broker.results[0].delay_on_retry_s) == ("timeout", 7)
+
+
+async def test_what_is_stopped_before_its_start_is_seen_is_ended_once_it_is(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="50 unseen", deadline_s=60))
+        await trio.sleep(UNSEEN_S / 2)
+        broker.tell(frames.Stop((LeaseRef("a", 1),)))
+        await trio.sleep(UNSEEN_S)
+        (child,) = it.spawner.children
+        assert child.orders == [pipe.Order(pipe.OrderKind.CANCEL, 1)]
+        assert it.pool.statistics().in_children == 0
+        assert not broker.results
+        assert it.pool.statistics().crashes == 0
 
 
 @pytest.mark.parametrize(("task", "ends_s"), [("50 swallows", 1), ("50 stubborn", 2), ("50", 0)])

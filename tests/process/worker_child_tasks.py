@@ -21,6 +21,11 @@ def noop() -> None:
     pass
 
 
+@tests.register("naps")
+def naps(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 @tests.register("append")
 def append(path: str, line: str) -> None:
     with open(path, "a") as file:

@@ -30,7 +30,8 @@ COMPLETE, FAILURE, RETRY, CRASHED = (
 
 
 def spawner(*modules: str, **settings: Any) -> ProcessSpawner:
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    paths = (str(HERE), os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return ProcessSpawner(
         modules=modules or ("worker_child_tasks", "worker_fault_tasks"), environment=environment, **settings
     )
@@ -104,6 +105,13 @@ class Broker:
                 await self._arrived.wait()
             while writes is not None and not await trio.Path(writes).exists():  # noqa: ASYNC110
                 await trio.sleep(0.01)
+        self._tell(frames.Stop((assignment.lease,)))
+
+    async def stop_after(self, assignment: Assignment, seconds: float) -> None:
+        """Assign it, and stop it wherever it is then."""
+        await self._welcomed.wait()
+        self._tell(frames.Assignments((assignment,)))
+        await trio.sleep(seconds)
         self._tell(frames.Stop((assignment.lease,)))
 
     async def run(self, *assignments: Assignment) -> list[Result]:

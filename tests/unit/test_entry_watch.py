@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from taskd.activation.retry import TaskCancelled
+from taskd.clock import monotonic_s
 from taskd.worker import entry_pipe as pipe
 from taskd.worker.entry_watch import Watch
 
@@ -39,11 +40,12 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 
 
 WORK = pipe.Work(b"", None, 1, 600.0, None)
+NOW_S = monotonic_s()
 
 
 def test_one_that_comes_before_the_task_is_watched_ends_it_where_it_begins(scene: Scene) -> None:
     scene.order(2)
-    first, second = scene.watch.supervise(1, WORK), scene.watch.supervise(2, WORK)
+    first, second = scene.watch.supervise(1, WORK, NOW_S), scene.watch.supervise(2, WORK, NOW_S)
     scene.watch.open(first)
     scene.watch.shut()
     assert not first.cancelled
@@ -54,7 +56,7 @@ def test_one_that_comes_before_the_task_is_watched_ends_it_where_it_begins(scene
 
 
 def test_one_that_comes_while_it_runs_ends_it_once(scene: Scene) -> None:
-    task = scene.watch.supervise(1, WORK)
+    task = scene.watch.supervise(1, WORK, NOW_S)
     scene.watch.open(task)
     with pytest.raises(TaskCancelled):
         scene.order(1)
@@ -64,7 +66,7 @@ def test_one_that_comes_while_it_runs_ends_it_once(scene: Scene) -> None:
 
 
 def test_one_that_comes_too_late_ends_nothing(scene: Scene) -> None:
-    first, second = scene.watch.supervise(1, WORK), scene.watch.supervise(2, WORK)
+    first, second = scene.watch.supervise(1, WORK, NOW_S), scene.watch.supervise(2, WORK, NOW_S)
     scene.watch.open(first)
     scene.watch.shut()
     scene.order(1)

@@ -16,7 +16,7 @@ verdicts = st.builds(pipe.Verdict, st.integers(1, 4), texts, texts, optional, op
 tasks = st.builds(pipe.KnownTask, texts, texts, texts, st.booleans())
 reports = st.one_of(
     st.builds(pipe.Ready, st.lists(tasks).map(tuple), st.lists(st.tuples(texts, texts)).map(tuple)),
-    st.builds(pipe.Started, numbers, verdicts, st.booleans()),
+    st.builds(pipe.Started, numbers, verdicts, st.booleans(), st.just(0.0)),
     st.builds(pipe.Done, numbers, verdicts, numbers, st.booleans()),
     st.builds(pipe.Expired, numbers),
     st.builds(pipe.Heartbeat, numbers, st.none() | st.floats(0, 1), texts),
