@@ -39,8 +39,8 @@ def _histogram(name: str, about: str, buckets: Iterable[float], *labels: str) ->
     return Histogram(name, about, labels, buckets=tuple(buckets), registry=registry)
 
 
-def _durations(name: str, about: str, buckets: Iterable[float]) -> Durations:
-    collected = Durations(name, about, buckets)
+def _durations(name: str, about: str, buckets: Iterable[float], per_s: int = 1_000) -> Durations:
+    collected = Durations(name, about, buckets, per_s)
     registry.register(collected)
     return collected
 
@@ -126,7 +126,9 @@ worker_results_refused = _counter(
 worker_loop_stalls = _counter(
     "taskd_worker_loop_stalls_total", "Times an async task blocked the loop that it shares with others"
 )
-worker_task_seconds = _histogram("taskd_worker_task_seconds", "Run time of tasks in the child", _RUN_S)
+worker_task_seconds = _durations(
+    "taskd_worker_task_seconds", "Run time of tasks in the child", _RUN_S, per_s=1_000_000
+)
 
 
 class _AsyncioErrors:

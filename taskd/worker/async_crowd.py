@@ -189,7 +189,7 @@ class Crowd:
             case pipe.Started(number, on_timeout, quiet) if number in self._inside:
                 self._started(number, on_timeout, quiet)
             case pipe.Done(number, verdict, duration_us, quiet) if number in self._inside:
-                metrics.worker_task_seconds.observe(duration_us / 1e6)
+                metrics.worker_task_seconds.observe_all((duration_us,))
                 self._tally.timeouts += verdict.reason == "timeout"
                 one = self._inside.pop(number)
                 self._finish(one.job, self._watch.corrected(number, one, verdict), quiet=quiet)

@@ -113,8 +113,7 @@ class ProcessChild:
             if not data:
                 raise ChildGone(await self._obituary())
             self.look()
-            self._splitter.feed(data)
-            reports = [pipe.decode_report(frame) for frame in self._splitter]
+            reports = self._splitter.reports(data)
             if len(data) == READ_BYTES:
                 started = None  # what ended before it began may be behind this
             if reports := self._starts.heard(reports, started, trio.current_time()):

@@ -22,7 +22,7 @@ from taskd.worker.child import Child, ChildGone, Piece
 from taskd.worker.output import nobody
 from taskd.worker.pool import SPARES_AFTER_S, Pool, run_pool
 
-COMPLETE = pipe.Verdict(int(ResultStatus.COMPLETE))
+COMPLETE = pipe.COMPLETE
 CANCELLED = pipe.Verdict(int(ResultStatus.FAILURE), "error")
 UNSEEN_S = 0.05
 RETRY_ON_TIMEOUT = pipe.Verdict(int(ResultStatus.RETRY), "timeout", "", 4, 7)

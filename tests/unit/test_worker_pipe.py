@@ -36,6 +36,17 @@ def test_reports_survive_any_cutting_of_the_stream(sent: list[pipe.Report], size
     assert received == sent
 
 
+@given(st.lists(st.builds(pipe.Done, numbers, st.just(pipe.COMPLETE), numbers, st.just(False)), min_size=1))
+def test_reports_of_what_completed_are_read_together(sent: list[pipe.Report]) -> None:
+    splitter = pipe.Splitter(pipe.MAX_REPORT_BYTES)
+    stream = b"".join(map(pipe.encode_report, sent))
+    assert splitter.reports(stream) == sent
+    assert splitter.reports(stream[:5]) == []
+    assert splitter.reports(stream[5:]) == sent
+    other = pipe.Done(1, pipe.Verdict(2, "error", "why"), 5)
+    assert splitter.reports(stream + pipe.encode_report(other) + stream) == [*sent, other, *sent]
+
+
 @given(works)
 def test_work_survives(work: pipe.Work) -> None:
     splitter = pipe.Splitter(pipe.MAX_WORK_BYTES)
@@ -68,6 +79,7 @@ def test_junk_raises_nothing_but_protocol_violation(junk: bytes) -> None:
         for frame in splitter:
             pipe.decode_report(frame)
         pipe.decode_report(junk)
+        pipe.Splitter(pipe.MAX_REPORT_BYTES).reports(junk)
     except pipe.ProtocolViolation:
         pass
 
