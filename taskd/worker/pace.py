@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 PREFETCH_S = 0.05  # work to keep waiting in the worker, per slot: covers the way to the broker and back
 AHEAD_S = 0.02  # work to keep waiting inside a child: covers the way between two processes
-MAX_AHEAD = 256
-LINGER_S = 0.003  # longest time for reports of quick tasks to gather in the pipe of their child
-AROUND_S = 3e-5  # what a child needs around each task
+MAX_AHEAD = 512
+LINGER_S = 0.005  # longest time for reports of quick tasks to gather in the pipe of their child
+AROUND_S = 1.5e-5  # what a child needs around each task
 WEIGHT = 0.2  # of the newest duration in the average; forty quick tasks forget a slow one
 SHORTEST_S = 1e-6
 FEW = 8
