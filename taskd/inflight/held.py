@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.clock import Now
 from taskd.inflight.sqlite import SqliteStore
 
 MAX_REMEMBERED = 20_000  # some 7 MB; beyond, all are forgotten and their reports cost a look-up each
+# Rows that lie beside each other are completed by a statement for all of them, which is a third cheaper than
+# one that is given each row. But between two statements the thread waits for its turn to run Python.
+ROWS_PER_RUN = 24
 
 
 # What a report names: id, and the fence it comes under; None: by a unary call, which knows no fences.
@@ -23,6 +27,15 @@ SaidOf = tuple[str, int | None]
 # One row as it was handed out: row, lane, fence, received_at_ms, and whether its holder said that it started.
 # No class: one is made for each hand-out.
 HeldRow = tuple[int, int, int, int, bool]
+
+
+class Run(NamedTuple):
+    """Rows of a lane that lie beside each other, and so do their fences: each is its row and `offset`."""
+
+    first: int
+    last: int
+    lane: int
+    offset: int
 
 
 class HeldRows:
@@ -56,7 +69,9 @@ class HeldRows:
             return False
         for ref, (row, lane, fence, received_at_ms, _) in zip(refs, held, strict=True):
             self._rows[ref] = (row, lane, fence, received_at_ms, True)
-        store.measure_since("received_to_started", [received_at_ms for *_, received_at_ms, _ in held], now)
+        store.measure_since(
+            "received_to_started", [received_at_ms for _, _, _, received_at_ms, _ in held], now
+        )
         return True
 
     def complete(self, done: Sequence[SaidOf], now: Now) -> bool:
@@ -66,18 +81,31 @@ class HeldRows:
         """
         store = self._store
         held = self._found(done)
-        if held is None or not self._run("complete_held", (now.wall_ms, now.wall_ms), held):
+        if held is None or not self._complete(held, now):
             return False
-        for lane, fences in by_lane(held).items():
-            rows = list(fences)
-            status = store.move_all(rows, lane, Status.PROCESSING, Event.COMPLETED)
-            store.move_all(rows, lane, status, Event.SETTLED)
-        if started_now := [received_at_ms for *_, received_at_ms, started in held if not started]:
+        if started_now := [at_ms for _, _, _, at_ms, started in held if not started]:
             store.measure_since("received_to_started", started_now, now)
-        store.measure_since("received_to_finished", [received_at_ms for *_, received_at_ms, _ in held], now)
+        store.measure_since(
+            "received_to_finished", [received_at_ms for _, _, _, received_at_ms, _ in held], now
+        )
         for said_of in done:
             self._rows.pop(said_of, None)
         return True
+
+    def _complete(self, held: list[HeldRow], now: Now) -> bool:
+        store, at_ms = self._store, now.wall_ms
+        runs = _runs(held)
+        if len(runs) <= 1 + len(held) // ROWS_PER_RUN:
+            each = [(at_ms, at_ms, *run) for run in runs]
+            rows: list[tuple[int, Sequence[int]]] = [(r.lane, range(r.first, r.last + 1)) for r in runs]
+            complete = store.run_if_all("complete_run", each, len(held))
+        else:
+            rows = [(lane, list(fences)) for lane, fences in by_lane(held).items()]
+            complete = self._run("complete_held", (at_ms, at_ms), held)
+        for lane, its in rows if complete else ():
+            status = store.move_all(its, lane, Status.PROCESSING, Event.COMPLETED)
+            store.move_all(its, lane, status, Event.SETTLED)
+        return complete
 
     def _run(self, statement: str, values: tuple[int, ...], held: list[HeldRow]) -> bool:
         # One statement for many rows: SQLite works through them without Python's lock in between.
@@ -95,6 +123,21 @@ class HeldRows:
 def by_lane(held: Iterable[HeldRow]) -> dict[int, dict[int, int]]:
     """The fences of rows, by lane and row."""
     found: defaultdict[int, dict[int, int]] = defaultdict(dict)
-    for row, lane, fence, *_ in held:
+    for row, lane, fence, _, _ in held:
         found[lane][row] = fence
     return found
+
+
+def _runs(held: Iterable[HeldRow]) -> list[Run]:
+    """These rows in as few runs as there are; one that comes twice is in two of them."""
+    runs: list[Run] = []
+    first = lane = next_fence = next_row = -1
+    for row, its_lane, fence, _, _ in sorted(held):
+        if row != next_row or fence != next_fence or its_lane != lane:
+            if next_row >= 0:
+                runs.append(Run(first, next_row - 1, lane, next_fence - next_row))
+            first, lane = row, its_lane
+        next_row, next_fence = row + 1, fence + 1
+    if next_row >= 0:
+        runs.append(Run(first, next_row - 1, lane, next_fence - next_row))
+    return runs

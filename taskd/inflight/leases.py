@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress, groupby, repeat
+from typing import Any
 
 from taskd.activation.lifecycle import HELD, LEAVING, Event, Status
 from taskd.clock import Now
@@ -127,6 +128,10 @@ class Leased:
 
 
 _lease_of = partial(tuple.__new__, Lease)  # as frames.lease_ref
+
+
+def _without_gap(numbers: list[int]) -> bool:
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 class _PassesOver(Exception):
@@ -289,7 +294,16 @@ class Leases:
         begun = (now.mono_ms + store.policy.grace_ms, 1, 1, now.wall_ms, now.mono_ms)
         for values, those in ((begun, counted), ((None, 0, 0, None, None), others)):
             if those:
-                store.run("hand_out", request.kind, request.holder, *values, json.dumps(those))
+                self._lease_rows(those, (request.kind, request.holder, *values))
+
+    def _lease_rows(self, fences: dict[int, int], values: tuple[Any, ...]) -> None:
+        rows, its_fences = list(fences), list(fences.values())
+        first, offset = rows[0], its_fences[0] - rows[0]
+        # What came in together lies beside each other, and is a third cheaper to lease.
+        if _without_gap(rows) and _without_gap(its_fences):
+            self._store.run("hand_out_run", offset, *values, first, rows[-1])
+        else:
+            self._store.run("hand_out", *values, json.dumps(fences))
 
     # ---- what the holder says
 

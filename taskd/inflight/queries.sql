@@ -92,6 +92,11 @@ UPDATE inflight SET status = 5, fence = leases.value, lease_kind = ?, holder = ?
   attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?, started_mono_ms = ?
 FROM json_each(?) AS leases WHERE row = CAST(leases.key AS INTEGER)
 
+-- name: hand_out_run
+UPDATE inflight SET status = 5, fence = row + ?, lease_kind = ?, holder = ?, lease_end_mono_ms = ? + deadline_ms,
+  attempts = attempts + ?, counted = ?, started = 0, started_at_ms = ?, started_mono_ms = ?
+WHERE row BETWEEN ? AND ?
+
 -- name: claim
 UPDATE inflight SET status = 4, fence = leases.value, lease_kind = ?, holder = NULL, lease_end_mono_ms = ?,
   counted = 0, started = 0, started_at_ms = NULL
@@ -146,6 +151,12 @@ UPDATE inflight SET status = 12, outcome = 'complete', attempts = attempts + 1 -
   activation = NULL, record_key = NULL, holder = NULL, lease_end_mono_ms = NULL
 FROM json_each(?) AS leases
 WHERE row = CAST(leases.key AS INTEGER) AND lane = ? AND fence = leases.value AND status = 5
+
+-- name: complete_run
+UPDATE inflight SET status = 12, outcome = 'complete', attempts = attempts + 1 - counted,
+  started_at_ms = iif(started OR lease_kind = 1, started_at_ms, ?), finished_at_ms = ?,
+  activation = NULL, record_key = NULL, holder = NULL, lease_end_mono_ms = NULL
+WHERE row BETWEEN ? AND ? AND lane = ? AND fence = row + ? AND +status = 5
 
 -- name: extend
 UPDATE inflight SET lease_end_mono_ms =

@@ -182,6 +182,41 @@ async def test_in_trouble_reports_are_tried_and_nothing_is_claimed(store: Inflig
     assert (verdicts, found.leases) == ([APPLIED], [])
 
 
+async def test_rows_beside_each_other_are_completed_by_the_statement_for_runs(
+    store: Inflight, clock: FixedClock
+) -> None:
+    names = [f"{n}" for n in range(40)]
+    refs = await hold(store, *names)
+    clock.wall_ms += 1
+    other = await hold(store, "other")  # beside the rest, under a fence that is not
+    assert held._runs(store._leases._held._found([*refs, *other]) or []) == [
+        held.Run(1, 40, 1, refs[0].fence - 1),
+        held.Run(41, 41, 1, other[0].fence - 41),
+    ]
+    pick = Random(1)
+    scattered = pick.sample(refs, 40)
+    left = scattered.pop()
+    assert await store.complete(scattered) == [APPLIED] * 39
+    described = {d.id: d.status for d in await store.describe(names)}
+    assert described.pop(left.id) is Status.PROCESSING, "one between the others that was not named"
+    assert set(described.values()) == {Status.GONE}
+    assert await store.complete([left, *other]) == [APPLIED] * 2
+
+
+async def test_nothing_to_complete_is_complete(store: Inflight) -> None:
+    assert await store.complete([]) == []
+
+
+async def test_a_row_handed_out_again_spoils_no_run(store: Inflight) -> None:
+    names = [f"{n}" for n in range(40)]
+    refs = await hold(store, *names)
+    await store.hand_back([refs[20]])
+    (again,) = await claim(store, 1, "w2")
+    store._leases._held.remember([((refs[20].id, refs[20].fence), (21, 1, refs[20].fence, 0, False))])
+    assert await store.complete(refs) == [APPLIED] * 20 + [SUPERSEDED] + [APPLIED] * 19
+    assert await store.complete([again.ref]) == [APPLIED]
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_together_or_one_by_one_is_the_same(tmp_path: Path, clock: FixedClock, seed: int) -> None:
     pick = Random(seed)

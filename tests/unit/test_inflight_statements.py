@@ -16,7 +16,7 @@ from taskd.inflight.sqlite import load_queries
 
 def test_every_statement_is_used_and_every_used_one_exists() -> None:
     sources = "".join(path.read_text() for path in Path(sqlite_module.__file__).parent.glob("*.py"))
-    used = set(re.findall(r'(?:\.run|\.one|\.run_many|\._run)\(\s*"(\w+)"', sources))
+    used = set(re.findall(r'(?:\.run|\.one|\.run_many|\.run_if_all|\._run)\(\s*"(\w+)"', sources))
     used |= set(re.findall(r'queries\["(\w+)"\]', sources))
     assert used == set(load_queries())
 
