@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import assert_never
 
 import structlog
@@ -34,6 +35,17 @@ class Limits:
     max_reply_bytes: int
     receive_s: float = RECEIVE_S
     deliver_s: float = DELIVER_S
+
+
+@lru_cache(maxsize=256)  # most callers always give the same
+def _decoded_timeout_s(value: str) -> float:
+    if len(value) > TIMEOUT_CHARS:
+        raise ValueError
+    return float(decode_timeout(value))
+
+
+def _nobody_cares() -> None:
+    pass
 
 
 class _ServerStream:
@@ -80,6 +92,7 @@ class Call:
         except PeerUnavailable:
             pass  # gone while it was told; there is nobody else to tell
         finally:
+            self.exchange.on_gone = _nobody_cares
             self.exchange.give_up(ErrorCodes.NO_ERROR, "the call has ended")
             self.exchange.release()
             self.exchange.buffer.discard()
@@ -146,9 +159,7 @@ class Call:
         if value is None:
             return float("inf")
         try:
-            if len(value) > TIMEOUT_CHARS:
-                raise ValueError
-            return float(decode_timeout(value))
+            return _decoded_timeout_s(value)
         except ValueError:
             raise Refused(
                 "INVALID_ARGUMENT",

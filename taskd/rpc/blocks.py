@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hpack import Decoder
+from hpack import Decoder, Encoder
+from hpack.hpack import encode_integer
 from hpack.struct import HeaderTuple
 from hpack.table import HeaderTable
 
@@ -19,6 +20,18 @@ BLOCKS_KEPT = 16  # of one connection; methods that one peer calls
 BLOCK_BYTES = 256
 KEPT_BYTES = 4_096  # of the headers of one block: peers that mean harm can have that much kept 16 times
 SIZE_UPDATE, SIZE_UPDATE_MASK = 0x20, 0xE0  # how a block begins that changes the size of the memory
+
+
+LITERAL = b"\x10"  # a header that is never remembered, its name spelled out (RFC 7541, 6.2.3)
+
+
+def literal(name: str, value: str) -> bytes:
+    """One header, for the end of a block: it is not remembered, as its value comes only once."""
+    return LITERAL + _string(name.encode()) + _string(value.encode())
+
+
+def _string(text: bytes) -> bytes:
+    return bytes(encode_integer(len(text), 7)) + text
 
 
 class Memory:
@@ -78,6 +91,33 @@ class RememberingDecoder(Decoder):
             text = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
             self._blocks[bytes(data)] = Block(headers, text, _is_usual(text))
         return headers
+
+
+class RememberingEncoder(Encoder):
+    """An encoder that need not make the same block again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: dict[tuple[tuple[str, str], ...], bytes] = {}
+        self._memory = Memory(self.header_table)
+
+    def block(self, headers: tuple[tuple[str, str], ...]) -> bytes:
+        """As `encode`. For headers that come again and again."""
+        if self._memory.is_as_noted() and not self.header_table.resized:
+            made = self._blocks.get(headers)
+            if made is not None:
+                return made
+        else:
+            self._blocks.clear()
+            self._memory.note()
+        # What has to be told of a new size is told once.
+        is_plain = not self.header_table.resized
+        made = bytes(self.encode(headers))
+        if is_plain and self._memory.is_as_noted():
+            if len(self._blocks) >= BLOCKS_KEPT:
+                self._blocks.clear()
+            self._blocks[headers] = made
+        return made
 
 
 def _is_worth_keeping(data: bytes, headers: list[HeaderTuple]) -> bool:

@@ -28,6 +28,7 @@ from taskd.errors import ConfigError, PeerError, PeerTimeout, PeerUnavailable, P
 from taskd.rpc.access import OPEN, Access
 from taskd.rpc.auth import Signer
 from taskd.rpc.base import MAX_MESSAGE_BYTES, ClientStream, Headers
+from taskd.rpc.blocks import literal
 from taskd.rpc.connection import Protocol, configuration
 from taskd.rpc.exchange import Exchange
 from taskd.rpc.limits import Keepalive
@@ -101,6 +102,13 @@ class _ClientCall:
             self._check_ended()
         return message
 
+    def check_ended_in_order(self) -> bool:
+        """Whether the peer said everything. Raises the error that it ended the call with."""
+        if self._exchange.buffer.finished:
+            self._check_ended()
+            return True
+        return False
+
     def _check_ended(self) -> None:
         error = _final_error(self._exchange)
         if error is not None:
@@ -110,7 +118,9 @@ class _ClientCall:
 
     async def send(self, body: bytes, *, end: bool = False) -> None:
         try:
-            await self._exchange.send(body, end=end)
+            await trio.lowlevel.checkpoint_if_cancelled()
+            if not (end and self._exchange.ask(body)):
+                await self._exchange.send(body, end=end)
         except PeerError as error:
             raise _final_error(self._exchange) or error from None
 
@@ -190,10 +200,10 @@ class Client:
         """A new stream whose headers go out with the next flush. `body` None: not one message."""
         while True:
             protocol = await self._connected()
-            h2 = protocol.connection.h2
             try:
-                stream_id = h2.get_next_available_stream_id()
-                h2.send_headers(stream_id, self._headers(path, body, timeout_s))
+                stream_id = protocol.connection.begin_stream(
+                    self._usual_headers(path), self._last_headers(path, body, timeout_s)
+                )
             except TooManyStreamsError:
                 await protocol.connection.stream_closed.park()
             except H2Error as error:
@@ -205,8 +215,9 @@ class Client:
                 exchange.release = protocol.processor.register(exchange)
                 return exchange
 
-    def _headers(self, path: str, body: bytes | None, timeout_s: float | None) -> Headers:
-        headers = [
+    def _usual_headers(self, path: str) -> tuple[tuple[str, str], ...]:
+        """The same for each call to a method."""
+        return (
             (":method", "POST"),
             (":scheme", "http" if self._tls is None else "https"),
             (":path", path),
@@ -214,11 +225,14 @@ class Client:
             ("te", "trailers"),
             ("content-type", "application/grpc"),
             ("user-agent", USER_AGENT),
-            *self._signer.headers(path, body),
-        ]
+        )
+
+    def _last_headers(self, path: str, body: bytes | None, timeout_s: float | None) -> bytes:
+        """Those of this call only, encoded."""
+        encoded = b"".join(literal(name, value) for name, value in self._signer.headers(path, body))
         if timeout_s is not None and timeout_s < MAX_TIMEOUT_S:
-            headers.append(("grpc-timeout", encode_timeout(timeout_s)))
-        return headers
+            encoded += literal("grpc-timeout", encode_timeout(timeout_s))
+        return encoded
 
     async def _connected(self) -> Protocol:
         asked_at = trio.current_time()
@@ -287,7 +301,8 @@ async def _unary(call: _ClientCall, body: bytes) -> bytes:
     reply = await call.receive()
     if reply is None:
         raise Refused("INTERNAL", "the peer answered OK, but without a reply")
-    await call.receive()  # None, or the status that takes the reply back
+    if not call.check_ended_in_order():
+        await call.receive()  # None, or the status that takes the reply back
     return reply
 
 

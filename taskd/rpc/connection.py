@@ -16,7 +16,7 @@ from grpclib.config import Configuration
 from grpclib.protocol import AbstractHandler, Connection, EventsProcessor, H2Protocol
 from grpclib.utils import Wrapper
 from h2.config import H2Configuration
-from h2.connection import H2Connection
+from h2.connection import AllowedStreamIDs, ConnectionInputs, H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     DataReceived,
@@ -27,14 +27,15 @@ from h2.events import (
     UnknownFrameReceived,
 )
 from h2.events import Event as H2Event
-from h2.exceptions import FrameTooLargeError
+from h2.exceptions import FrameTooLargeError, TooManyStreamsError
 from h2.settings import SettingCodes, Settings
+from h2.stream import StreamInputs
 from trio.lowlevel import ParkingLot
 
-from taskd.rpc.blocks import RememberingDecoder
+from taskd.rpc.blocks import RememberingDecoder, RememberingEncoder
 from taskd.rpc.exchange import Exchange, Signal
 from taskd.rpc.limits import FRAME_S, HELLO_S, MAX_UNSENT_BYTES, Budget, Glitches, Keepalive
-from taskd.rpc.shortcut import Shortcut
+from taskd.rpc.shortcut import END_HEADERS, HEADERS, MANY_STREAMS, Shortcut, frame_head
 
 log = structlog.get_logger("taskd.rpc")
 
@@ -93,6 +94,8 @@ class Flusher:
 class Channel(Connection):
     """One HTTP/2 connection."""
 
+    encoder: RememberingEncoder  # that of `h2`
+
     def __init__(
         self,
         h2: H2Connection,
@@ -119,6 +122,25 @@ class Channel(Connection):
     def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> Exchange:
         assert stream_id is not None
         return Exchange(self, stream_id)
+
+    def begin_stream(self, headers: tuple[tuple[str, str], ...], last: bytes) -> int:
+        """Begin a call; its id. Its head goes out with the next flush.
+
+        `headers`: those that come again and again; `last`: more of the block, encoded already.
+        Raises TooManyStreamsError when the peer takes no more now, H2Error when it will take none again.
+        """
+        h2 = self.h2
+        stream_id = h2.get_next_available_stream_id()
+        most = h2.remote_settings.max_concurrent_streams
+        if len(h2.streams) >= min(most, MANY_STREAMS) and h2.open_outbound_streams >= most:
+            raise TooManyStreamsError(f"{most} calls are open, and the peer takes no more")
+        h2.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
+        stream = h2._begin_new_stream(stream_id, AllowedStreamIDs.ODD)
+        stream.state_machine.process_input(StreamInputs.SEND_HEADERS)
+        block = self.encoder.block(headers) + last
+        assert len(block) <= h2.max_outbound_frame_size  # 16 KiB at least; paths and addresses are short
+        h2._data_to_send += frame_head(len(block), HEADERS, END_HEADERS, stream_id) + block
+        return stream_id
 
     def ack(self, stream_id: int, size: int) -> None:
         if size and not self.is_closing():
@@ -209,6 +231,7 @@ class Protocol(H2Protocol):
         h2.local_settings = Settings(client=self.h2_config.client_side, initial_values=SETTINGS)
         # At once, not when the peer confirms: its confirmation and a large frame may come in one read.
         h2.max_inbound_frame_size = FRAME_BYTES
+        h2.encoder = encoder = RememberingEncoder()
         h2.decoder = decoder = RememberingDecoder()
         decoder.max_header_list_size = MAX_HEADER_BYTES
         h2.initiate_connection()
@@ -216,6 +239,7 @@ class Protocol(H2Protocol):
         self.connection = Channel(
             h2, transport, self.config, self._max_message_bytes, self._budget, self._flusher
         )
+        self.connection.encoder = encoder
         self._frames = h2.incoming_buffer
         self._began_s = self._last_frame_s = self._now_s()
         self._glitches = Glitches(self._began_s)

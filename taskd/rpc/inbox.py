@@ -55,7 +55,8 @@ class Inbox(Buffer):
         self._split()
         self._account()
         self._give_back_partial()
-        self.arrived.unpark_all()
+        if self.arrived:
+            self.arrived.unpark_all()
 
     def _split(self) -> None:
         """Move out of the partial message what is finished; keep nothing of one that is not taken here."""
@@ -117,7 +118,8 @@ class Inbox(Buffer):
         self._ended = True
         if self._partial and self.fault is None:
             self.fault = Refused("INTERNAL", "the data ended in the middle of a message")
-        self.arrived.unpark_all()
+        if self.arrived:
+            self.arrived.unpark_all()
 
     @property
     def ended(self) -> bool:

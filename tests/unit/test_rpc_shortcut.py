@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskd.rpc import blocks, connection
-from taskd.rpc.blocks import RememberingDecoder
+from taskd.rpc.blocks import RememberingDecoder, RememberingEncoder, literal
 from taskd.rpc.connection import Protocol, configuration
 from taskd.rpc.exchange import Exchange
 from taskd.rpc.limits import Keepalive
@@ -93,6 +93,7 @@ class End:
             client_side=client,
             max_message_bytes=100,
         )
+        self.client_calls: dict[int, Exchange] = {}
         self.protocol.connection_made(self.transport)
         self.protocol._glitches = self.glitches = Glitches()  # type: ignore[assignment]  # duck-typed
         if not short:
@@ -113,6 +114,14 @@ class End:
                 exchange.reply("application/grpc", b"answer")
                 exchange.give_up(ErrorCodes.NO_ERROR, "over")
 
+    def call(self) -> None:
+        """As a client."""
+        channel = self.protocol.connection
+        stream = channel.begin_stream(((":method", "POST"), (":path", "/a.B/c")), b"")
+        self.client_calls[stream] = exchange = channel.create_stream(stream_id=stream)
+        exchange.release = self.protocol.processor.register(exchange)
+        exchange.ask(b"question")
+
     def close(self) -> None:
         self.protocol.connection._connection.close_connection()
         self.protocol.processor.close()
@@ -123,6 +132,10 @@ class End:
         return {
             "calls": {id_: headers for id_, (_, headers) in self.handler.calls.items()},
             "received": {id_: self.received(exchange) for id_, (exchange, _) in self.handler.calls.items()},
+            "answers": {
+                id_: (self.received(exchange), _texts(exchange.headers), _texts(exchange.trailers))
+                for id_, exchange in self.client_calls.items()
+            },
             "window": h2._inbound_flow_control_window_manager.current_window_size,
             "windows": {id_: h2.streams[id_].inbound_flow_control_window for id_ in self.open},
             "open": {id_: h2.streams[id_].state_machine.state for id_ in self.open},
@@ -138,6 +151,10 @@ class End:
     def received(self, exchange: Exchange) -> Any:
         inbox = exchange.buffer
         return list(inbox._messages), bytes(inbox._partial), inbox.ended, str(inbox.fault), exchange.gone
+
+
+def _texts(headers: Any) -> Any:
+    return None if headers is None else [tuple(header) for header in headers]
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +255,57 @@ def test_cut_anywhere_it_is_what_h2_alone_makes_of_each_frame(
         assert expected["calls"].items() >= found["calls"].items()
         assert found["written"][-4:] == expected["written"][-4:]  # the reason in the GOAWAY
     else:
+        assert found == expected
+        alone.close()
+        short.close()
+
+
+ANSWER = st.one_of(
+    st.tuples(st.just("head"), STREAM, st.integers(0, 3), FLAGS),
+    st.tuples(st.just("head"), STREAM, st.just(0), st.just(0)),
+    st.tuples(st.just("head"), STREAM, st.just(4), st.just(END_STREAM)),
+    st.tuples(st.just("data"), STREAM, st.sampled_from([MESSAGE, MESSAGE[:3], MESSAGE * 4, b""]), FLAGS),
+    st.tuples(st.just("reset"), STREAM),
+)
+HEADS: list[list[tuple[str, str]]] = [
+    [(":status", "200"), ("content-type", "application/grpc")],
+    [(":status", "103"), ("link", "x")],
+    [(":status", "200"), ("content-length", "7")],
+    [(":status", "502")],
+    [("grpc-status", "0")],
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    firsts=st.lists(st.integers(0, 4), max_size=2),
+    steps=st.lists(ANSWER, max_size=25),
+    cuts=st.lists(st.integers(1, 60), min_size=1),
+)
+def test_a_client_reads_what_h2_alone_reads(firsts: list[int], steps: list[Any], cuts: list[int]) -> None:
+    alone, short, encoder = End(short=False, client=True), End(short=True, client=True), hpack.Encoder()
+    said = [frame(SETTINGS)]
+    for end in (alone, short):
+        for _ in range(STREAMS):
+            end.call()
+    for step in [("head", 2 * n + 1, kind, 0) for n, kind in enumerate(firsts * 3)] + steps:
+        match step:
+            case ("head", stream, kind, flags):
+                said.append(
+                    frame(HEADERS, encoder.encode(HEADS[kind]), stream=stream, flags=END_HEADERS | flags)
+                )
+            case _:
+                said += written(step, Blocks())
+    for each in said:
+        alone.read(each)
+    whole, number = b"".join(said), 0
+    while whole:
+        size = cuts[number % len(cuts)]
+        short.read(whole[:size])
+        whole, number = whole[size:], number + 1
+    expected, found = alone.state, short.state
+    assert found["closed"] == expected["closed"]
+    if not expected["closed"]:
         assert found == expected
         alone.close()
         short.close()
@@ -350,3 +418,40 @@ def test_only_a_few_small_blocks_are_kept() -> None:
     large = encoder.encode([("name", "-" * 1_000)])
     decoder.decode(large, raw=True)
     assert decoder.known(large) is None
+
+
+@given(
+    lists=st.lists(st.lists(HEADER, max_size=4), max_size=40),
+    sizes=st.dictionaries(st.integers(0, 40), st.sampled_from([0, 40, 64, 100, 4096])),
+)
+def test_what_is_made_again_is_read_as_what_it_was_made_of(
+    lists: list[list[tuple[bytes, bytes]]], sizes: dict[int, int]
+) -> None:
+    encoder, decoder = RememberingEncoder(), hpack.Decoder()
+    for number, headers in enumerate(lists):
+        if number in sizes:
+            encoder.header_table_size = sizes[number]
+        texts = tuple((name.decode(), value.decode()) for name, value in headers)
+        make = encoder.encode if number % 7 == 3 else encoder.block
+        block = make(texts) + literal("only-once", str(number))  # type: ignore[operator]  # both take headers
+        assert tuple(map(tuple, decoder.decode(block))) == (*texts, ("only-once", str(number)))
+        assert decoder.header_table.dynamic_entries == encoder.header_table.dynamic_entries
+
+
+@pytest.mark.parametrize("size", [0, 1, 126, 127, 128, 300, 20_000])
+def test_a_header_of_any_length_is_spelled_out(size: int) -> None:
+    name, value = "n" * (size or 1), "v" * size
+    assert list(map(tuple, hpack.Decoder().decode(literal(name, value)))) == [(name, value)]
+
+
+def test_a_client_that_made_many_calls_keeps_none() -> None:
+    end = End(short=True, client=True)
+    end.read(frame(SETTINGS))
+    answer = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")])
+    for number in range(1_000):
+        stream = 2 * number + 1
+        end.call()
+        end.read(frame(HEADERS, answer, stream=stream, flags=END_HEADERS | END_STREAM))
+        end.client_calls.pop(stream).release()
+    assert len(end.protocol.connection.h2.streams) <= 64
+    end.close()
