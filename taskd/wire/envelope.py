@@ -8,7 +8,7 @@ type is not the schema's. Absurd numbers are brought into range here, in one pla
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from taskd.errors import Undecodable
 from taskd.wire.protobuf import (
@@ -71,12 +71,15 @@ class CallBody(Envelope):
     parameters_json: str = ""
 
 
+E = TypeVar("E", bound=Envelope)
+
+
 def scan(raw: bytes) -> Envelope:
     """The envelope of a serialized activation.
 
     Raises Undecodable when the bytes are not a TaskActivation, or lack an id or a task name.
     """
-    return _usual(raw) or _any(raw)
+    return _usual(Envelope, raw, _OF_CALLS, {}, []) or _any(raw)
 
 
 def _any(raw: bytes) -> Envelope:
@@ -90,16 +93,23 @@ def _any(raw: bytes) -> Envelope:
 _ID, _NAMESPACE, _TASKNAME, _HEADERS = 0x0A, 0x12, 0x1A, 0x2A
 _RECEIVED_AT, _RETRY_STATE, _APPLICATION, _PARAMETERS = 0x32, 0x3A, 0x62, 0x6A
 _PROCESSING_DEADLINE, _EXPIRES, _DELAY = 0x40, 0x48, 0x58
-_PASSED_OVER = frozenset((_HEADERS, _PARAMETERS))
+_ENTRY_NAME, _ENTRY_VALUE = 0x0A, 0x12  # of a header
+_PARAMETERS_JSON = 0x22
+_OF_CALLS = frozenset(
+    (_HEADERS, _PARAMETERS, _PARAMETERS_JSON)
+)  # they may be long, and the broker needs none
+_NOTHING: frozenset[int] = frozenset()
 _LONGEST_NAME = max(MAX_ID_BYTES, MAX_NAME_BYTES)
 
 
-def _usual(raw: bytes) -> Envelope | None:
+def _usual(
+    kind: type[E], raw: bytes, passed_over: frozenset[int], found: dict[int, Any], more_headers: list[bytes]
+) -> E | None:
     """In one pass, because every record of the log comes here; None: it has something unusual.
 
     Unusual is a field that comes twice, has a number beyond 15 or a fixed width, and whatever is not right.
+    Fields are put into `found` by their first byte; of headers all but the first into `more_headers`.
     """
-    found: dict[int, int | bytes] = {}
     position, stop = 0, len(raw)
     try:
         while position < stop:
@@ -108,26 +118,29 @@ def _usual(raw: bytes) -> Envelope | None:
             begin = position + 2
             if size > 0x7F:
                 size, begin = read_varint(raw, position + 1, stop)
-            kind = key & 7
-            if kind == LENGTH:
+            wire_type = key & 7
+            if wire_type == LENGTH:
                 position = begin + size
-                if key not in _PASSED_OVER:
-                    if key in found or size > _LONGEST_NAME:
+                if key not in passed_over:
+                    if key not in found and (size <= _LONGEST_NAME or key in _OF_CALLS):
+                        found[key] = raw[begin:position]
+                    elif key == _HEADERS:
+                        more_headers.append(raw[begin:position])
+                    else:
                         return None
-                    found[key] = raw[begin:position]
-            elif kind == VARINT and key not in found:
+            elif wire_type == VARINT and key not in found:
                 position = begin
                 found[key] = size
             else:
                 return None
             if not 8 <= key <= 0x7F:
                 return None
-        return _envelope(found) if position == stop else None
+        return _envelope(kind, found) if position == stop else None
     except (IndexError, Undecodable, UnicodeDecodeError):
         return None
 
 
-def _envelope(found: dict[int, Any]) -> Envelope | None:
+def _envelope(kind: type[E], found: dict[int, Any]) -> E | None:
     """Of fields by their first byte, each of which was found once."""
     id_: bytes = found.get(_ID, b"")
     taskname: bytes = found.get(_TASKNAME, b"")
@@ -136,7 +149,7 @@ def _envelope(found: dict[int, Any]) -> Envelope | None:
     received_at = found.get(_RECEIVED_AT)
     expires_s = found.get(_EXPIRES)
     delay_s = found.get(_DELAY)
-    envelope = Envelope(
+    envelope = kind(
         id_.decode(),
         found.get(_NAMESPACE, b"").decode(),
         taskname.decode(),
@@ -148,12 +161,26 @@ def _envelope(found: dict[int, Any]) -> Envelope | None:
     )
     if _RETRY_STATE in found:
         _read_retry_state(envelope, found[_RETRY_STATE])
-        return _checked(envelope)
+        _checked(envelope)
     return envelope
 
 
 def scan_call(raw: bytes) -> CallBody:
     """The envelope, headers and still encoded parameters of a serialized activation; raises as `scan`."""
+    found: dict[int, Any] = {}
+    more_headers: list[bytes] = []
+    body = _usual(CallBody, raw, _NOTHING, found, more_headers)
+    if body is None:
+        return _any_call(raw)
+    body.parameters_bytes = found.get(_PARAMETERS, b"")
+    if _PARAMETERS_JSON in found:
+        body.parameters_json = _text(found[_PARAMETERS_JSON], "parameters")
+    if _HEADERS in found:
+        body.headers.update(map(_map_entry, (found[_HEADERS], *more_headers)))
+    return body
+
+
+def _any_call(raw: bytes) -> CallBody:
     body = CallBody()
     for number, wire_type, value, _, _ in fields(raw):
         if wire_type != LENGTH:
@@ -266,6 +293,12 @@ def _timestamp_ms(raw: bytes, before_ms: int | None) -> int:
 
 
 def _map_entry(raw: bytes) -> tuple[str, str]:
+    if (
+        len(raw) > 3 and raw[0] == _ENTRY_NAME and raw[1] < min(len(raw) - 3, 0x80)
+    ):  # the usual: both, and both short
+        middle = 2 + raw[1]
+        if raw[middle] == _ENTRY_VALUE and raw[middle + 1] == len(raw) - middle - 2 < 0x80:
+            return _text(raw[2:middle], "headers"), _text(raw[middle + 2 :], "headers")
     name = content = ""
     for number, wire_type, value, _, _ in fields(raw):
         if wire_type == LENGTH:
