@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from taskd.activation.lifecycle import Event, Status, after
-from taskd.activation.switches import Gate
+from taskd.activation.switches import OPEN, Gate
 from taskd.clock import Now
 from taskd.inflight.base import Arrival, Inserted, Policy
 from taskd.inflight.departures import Departures
@@ -55,31 +55,52 @@ class Arrivals:
         return _delay_ms(arrival, self._store.policy) < (arrival.delay_s or 0) * 1000
 
     def _coming(self, arrival: Arrival, now: Now) -> _Coming:
-        store = self._store
-        received_at_ms = arrival.received_at_ms
+        (
+            id_,
+            namespace,
+            taskname,
+            application,
+            received_at_ms,
+            processing_deadline_s,
+            expires_s,
+            delay_s,
+            attempts,
+            dead_letter,
+            at_most_once,
+            topic,
+            partition,
+            offset,
+            record_key,
+            activation,
+            undecodable,
+        ) = arrival
+        policy = self._store.policy
         if received_at_ms is None or received_at_ms > now.wall_ms + FUTURE_TOLERANCE_MS:
             received_at_ms = now.wall_ms
-        expires_at_ms = None if arrival.expires_s is None else received_at_ms + arrival.expires_s * 1000
-        due_at_ms = received_at_ms + (_delay_ms(arrival, store.policy) if arrival.delay_s else 0)
-        gate = store.board.gate(arrival.application, arrival.namespace)
-        event = _arrives_as(arrival, due_at_ms, expires_at_ms, gate, now)
+        expires_at_ms = None if expires_s is None else received_at_ms + expires_s * 1000
+        due_at_ms = received_at_ms + (_delay_ms(arrival, policy) if delay_s else 0)
+        gate = self._store.board.gate(application, namespace)
+        if undecodable or expires_s is not None or delay_s or gate is not OPEN:
+            event = _arrives_as(arrival, due_at_ms, expires_at_ms, gate, now)
+        else:
+            event = Event.ARRIVED  # nothing that has to be decided
         values = (
-            arrival.id,
-            arrival.taskname,
-            arrival.topic,
-            arrival.partition,
-            arrival.offset,
-            arrival.record_key,
-            arrival.activation,
+            id_,
+            taskname,
+            topic,
+            partition,
+            offset,
+            record_key,
+            activation,
             received_at_ms,
             now.wall_ms,
             due_at_ms,
             expires_at_ms,
-            _deadline_ms(arrival, store.policy),
-            arrival.attempts,
-            arrival.dead_letter,
-            arrival.at_most_once,
-            arrival.undecodable or None,
+            _deadline_ms(processing_deadline_s, policy),
+            attempts,
+            dead_letter,
+            at_most_once,
+            undecodable or None,
         )
         return arrival, received_at_ms, event, values
 
@@ -87,13 +108,13 @@ class Arrivals:
         """How each arrived; None: it is known."""
         store = self._store
         events = [event for _, _, event, _ in coming]
-        lanes = [store.lane_of(a.application, a.namespace, a.taskname).number for a, *_ in coming]
+        lanes = [store.lane_of(a.application, a.namespace, a.taskname).number for a, _, _, _ in coming]
         stored_as = {event: (after(None, event), _REASONS.get(event)) for event in set(events)}
         last_row = store.one("last_row")[0] or 0
         count = store.run_many(
             "insert",
             [
-                (*values, *stored_as[event], lane, seq)
+                values + stored_as[event] + (lane, seq)
                 for (_, _, event, values), lane, seq in zip(
                     coming, lanes, store.next_seqs(len(coming)), strict=True
                 )
@@ -189,8 +210,8 @@ def _arrives_as(arrival: Arrival, due_at_ms: int, expires_at_ms: int | None, gat
     return Event.ARRIVED
 
 
-def _deadline_ms(arrival: Arrival, policy: Policy) -> int:
-    deadline_ms = (arrival.processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
+def _deadline_ms(processing_deadline_s: int, policy: Policy) -> int:
+    deadline_ms = (processing_deadline_s or DEFAULT_DEADLINE_S) * 1000
     most_ms = policy.max_processing_deadline_ms
     return deadline_ms if most_ms is None or deadline_ms < most_ms else most_ms
 

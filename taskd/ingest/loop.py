@@ -232,12 +232,11 @@ class Ingest:
         return room(self._inflight.counts(), self._limits)
 
     async def _wait_for_delayed(self, arrivals: Sequence[Arrival]) -> None:
-        now = self._clock.now()
-        delayed = sum(
-            1
-            for a in arrivals
-            if a.delay_s and (a.received_at_ms or now.wall_ms) + a.delay_s * 1000 > now.wall_ms
-        )
+        with_delay = [arrival for arrival in arrivals if arrival.delay_s]
+        if not with_delay:
+            return
+        wall_ms = self._clock.now().wall_ms
+        delayed = sum((a.received_at_ms or wall_ms) + (a.delay_s or 0) * 1000 > wall_ms for a in with_delay)
         while reasons := too_many_delayed(self._inflight.counts(), delayed, self._limits):
             self._show(reasons)
             self._progress()

@@ -77,6 +77,7 @@ def check_whole(raw: bytes) -> None:
 
 def read_varint(raw: bytes, position: int, stop: int) -> tuple[int, int]:
     """The varint at `position` and the position behind it."""
+    value = shift = 0
     if position + 1 < stop:  # one byte or two: the rule
         low = raw[position]
         if low < 0x80:
@@ -84,7 +85,7 @@ def read_varint(raw: bytes, position: int, stop: int) -> tuple[int, int]:
         high = raw[position + 1]
         if high < 0x80:
             return low & 0x7F | high << 7, position + 2
-    value = shift = 0
+        value, shift, position = low & 0x7F | (high & 0x7F) << 7, 14, position + 2
     while position < stop:
         byte = raw[position]
         position += 1

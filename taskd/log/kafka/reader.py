@@ -305,5 +305,12 @@ async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
 
 
 def _record(partition: Partition, message: Any) -> Record:
-    headers = tuple((name, value or b"") for name, value in message.headers)
-    return Record(partition, message.offset, message.timestamp, message.key, message.value or b"", headers)
+    headers = message.headers  # mostly none
+    return Record(
+        partition,
+        message.offset,
+        message.timestamp,
+        message.key,
+        message.value or b"",
+        tuple((name, value or b"") for name, value in headers) if headers else (),
+    )
