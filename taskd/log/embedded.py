@@ -125,9 +125,9 @@ class _SqliteStorage:
         self._recent: dict[Partition, Stretch] = {}
         self._committed: dict[str, dict[Partition, int | None]] = {}
         self._ends_in_thread: dict[Partition, int] = {}
-        self._staged_in_thread: list[Record] = []
+        self._staged_in_thread: list[list[Record]] = []  # each of one partition, its offsets without gaps
         # Filled by the thread and emptied here; deque's ends are safe to share.
-        self._durable: deque[list[Record]] = deque()
+        self._durable: deque[list[list[Record]]] = deque()
         self._learn(reading.partitions())
         for group, partition, offset in reading.commits():
             self._committed.setdefault(group, {})[partition] = offset
@@ -155,19 +155,22 @@ class _SqliteStorage:
         return results
 
     def _append_in_thread(self, records: Sequence[tuple[Partition, Outgoing]], now_ms: int) -> list[int]:
-        ends: dict[Partition, int] = {}
-        made: list[Record] = []
-        for partition, out in records:
-            offset = ends.get(partition)
-            if offset is None:
-                offset = self._ends_in_thread[partition]
-            ends[partition] = offset + 1
-            made.append(Record(partition, offset, now_ms, out.key, out.value, out.headers))
+        made: dict[Partition, list[Record]] = {}
+        offsets: list[int] = []
+        for partition, (_, value, key, headers) in records:
+            its = made.get(partition)
+            if its is None:
+                its = made[partition] = []
+            offset = self._ends_in_thread[partition] + len(its)
+            its.append(Record(partition, offset, now_ms, key, value, headers))
+            offsets.append(offset)
         with _own_errors():
-            self._writing.insert((self._ids[record.partition], record) for record in made)
-        self._ends_in_thread.update(ends)
-        self._staged_in_thread += made
-        return [record.offset for record in made]
+            for partition, its in made.items():
+                self._writing.insert(self._ids[partition], its)
+        for partition, its in made.items():
+            self._ends_in_thread[partition] += len(its)
+        self._staged_in_thread += made.values()
+        return offsets
 
     # In the Trio thread.
 
@@ -175,9 +178,10 @@ class _SqliteStorage:
         """Make what was committed readable, in the order of the offsets; called before appends return."""
         touched: set[Partition] = set()
         while self._durable:
-            for record in self._durable.popleft():
-                self._recent[record.partition].append(record)
-                touched.add(record.partition)
+            for records in self._durable.popleft():
+                partition = records[0].partition
+                self._recent[partition].extend(records)
+                touched.add(partition)
         if touched:
             for partition in touched:
                 self._recent[partition].shrink(RECENT_MAX_BYTES // len(self._recent))

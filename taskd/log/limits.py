@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from taskd.log.base import Outgoing, Record, Rejected
 
@@ -15,8 +16,9 @@ _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")  # Kafka's rule, so that a topic w
 def size_bytes(record: Outgoing | Record) -> int:
     """What counts against the largest record: key, value and headers."""
     size = len(record.value) + len(record.key or b"")
-    for name, value in record.headers:
-        size += len(name) + len(value)
+    if record.headers:
+        for name, value in record.headers:
+            size += len(name) + len(value)
     return size
 
 
@@ -34,5 +36,6 @@ def refusal(record: Outgoing, max_record_bytes: int) -> Rejected | None:
     return None
 
 
+@lru_cache(maxsize=256)  # every record is asked about, and there are few topics
 def is_topic(name: str) -> bool:
     return _TOPIC.fullmatch(name) is not None and name not in (".", "..")

@@ -56,7 +56,7 @@ class _MemoryStorage:
         for partition, out in records:
             stretch = self._stretches[partition]
             offsets.append(stretch.end)
-            stretch.append(Record(partition, stretch.end, now_ms, out.key, out.value, out.headers))
+            stretch.extend([Record(partition, stretch.end, now_ms, out.key, out.value, out.headers)])
         self.on_appended({partition for partition, _ in records})
         await trio.lowlevel.cancel_shielded_checkpoint()
         return offsets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from taskd.log.base import Record
 from taskd.log.limits import size_bytes
@@ -25,10 +25,11 @@ class Stretch:
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records)
 
-    def append(self, record: Record) -> None:
-        assert record.offset == self.end, f"a gap: offset {record.offset} after {self.end - 1}"
-        self._records.append(record)
-        self._bytes += size_bytes(record) + RECORD_OVERHEAD_BYTES
+    def extend(self, records: Sequence[Record]) -> None:
+        for end, record in enumerate(records, self.end):
+            assert record.offset == end, f"a gap: offset {record.offset} after {end - 1}"
+        self._records += records
+        self._bytes += sum(map(size_bytes, records)) + len(records) * RECORD_OVERHEAD_BYTES
 
     def read(self, offset: int, max_records: int, max_bytes: int) -> list[Record]:
         """Records from `offset` on; the bytes of their values pass `max_bytes` at most by the last one."""

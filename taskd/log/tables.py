@@ -95,18 +95,19 @@ class Tables:
                     [(topic, number) for number in range(partitions)],
                 )
 
-    def insert(self, records: Iterable[tuple[int, Record]]) -> None:
+    def insert(self, partition_id: int, records: Iterable[Record]) -> None:
+        base = partition_id * OFFSETS
         self.db.executemany(
             "INSERT INTO record (position, timestamp_ms, key, headers, value) VALUES (?, ?, ?, ?, ?)",
             [
                 (
-                    partition_id * OFFSETS + record.offset,
-                    record.timestamp_ms,
-                    record.key,
-                    msgpack.packb(record.headers) if record.headers else None,
-                    record.value,
+                    base + offset,
+                    timestamp_ms,
+                    key,
+                    msgpack.packb(headers) if headers else None,
+                    value,
                 )
-                for partition_id, record in records
+                for _, offset, timestamp_ms, key, value, headers in records
             ],
         )
 
