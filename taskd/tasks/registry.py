@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from taskd.errors import UnknownTask
@@ -28,6 +29,9 @@ class TaskKey(NamedTuple):
     application: str
     namespace: str
     taskname: str
+
+
+_task_key = partial(tuple.__new__, TaskKey)  # for each run, without the call of Python code the name costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ def add(task: AnyTask) -> None:
 
 def find(application: str, namespace: str, taskname: str) -> AnyTask:
     """The task an activation names. Raises UnknownTask, which tells the nearest names."""
-    key = TaskKey("" if namespace == INTERNAL else application, namespace, taskname)
+    key = _task_key(("" if namespace == INTERNAL else application, namespace, taskname))
     task = _tasks.get(key)
     if task is None:
         raise UnknownTask(_unknown(key))

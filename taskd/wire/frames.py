@@ -9,6 +9,8 @@ from enum import IntEnum
 from functools import partial
 from typing import NamedTuple
 
+from taskd.wire.status import ResultStatus as ResultStatus
+
 VERSION = 1  # of the stream; hello carries the range a worker speaks
 
 
@@ -27,15 +29,6 @@ class TaskName(NamedTuple):
     application: str
     namespace: str
     taskname: str
-
-
-class ResultStatus(IntEnum):
-    UNSPECIFIED = 0
-    COMPLETE = 1
-    FAILURE = 2
-    RETRY = 3
-    CRASHED = 4
-    INTERRUPTED = 5  # by no fault of its own: the attempt does not count
 
 
 class CreditKind(IntEnum):

@@ -32,7 +32,7 @@ from taskd.tasks.current import CurrentTask, Supervisor
 from taskd.tasks.task import AnyTask
 from taskd.wire import parameters
 from taskd.wire.envelope import CallBody, scan_call
-from taskd.wire.frames import ResultStatus
+from taskd.wire.status import ResultStatus
 
 PR_SET_PDEATHSIG = 1
 EXIT_PIPES_BROKEN = 74  # EX_IOERR of sysexits.h
