@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # An answer of status OK always has the same two blocks of headers. Encoded once, without the encoder's
 # memory, they save a fifth of the time that a small call takes.
+PART = (StreamInputs.SEND_DATA,)
 WHOLE_REQUEST = (StreamInputs.SEND_DATA, StreamInputs.SEND_END_STREAM)
 WHOLE_ANSWER = (
     StreamInputs.SEND_HEADERS,
@@ -238,15 +239,17 @@ class Exchange(GrpclibStream):
 
     def _write(self, left: memoryview, end: bool, hold: bool) -> int:
         """Write what the window takes, in one call of the transport; how many bytes that was."""
-        h2 = self._h2_connection
+        h2, stream = self._h2_connection, self._open_stream()
         size = min(self._window(), len(left))
         last = end and size == len(left)
-        try:
-            for start in range(0, size, h2.max_outbound_frame_size):
-                stop = min(start + h2.max_outbound_frame_size, size)
-                h2.send_data(self.id, left[start:stop].tobytes(), end_stream=last and stop == size)
-        except H2Error as error:
-            raise PeerUnavailable(f"{self.connection.peer}: the stream is closed") from error
+        self._advance(stream, WHOLE_REQUEST if last else PART)
+        self._consume(stream, size)
+        most = h2.max_outbound_frame_size
+        for start in range(0, size, most):
+            part = left[start : min(start + most, size)]
+            flags = END_STREAM if last and start + most >= size else 0
+            h2._data_to_send += frame_head(len(part), DATA, flags, self.id)
+            h2._data_to_send += part
         if not (hold and size == len(left)):
             self.connection.flush()
         self.connection.data_send_process()

@@ -50,13 +50,24 @@ class Inbox(Buffer):
             return
         if ack_size > len(data):
             self._acknowledge(ack_size - len(data))  # padding
-        self._partial += data
-        self._held += len(data)
-        self._split()
+        if self._is_whole(data):
+            self._messages.append((data[PREFIX.size :], len(data)))
+            self._finished_bytes += len(data) - PREFIX.size
+        else:
+            self._partial += data
+            self._held += len(data)
+            self._split()
         self._account()
         self._give_back_partial()
         if self.arrived:
             self.arrived.unpark_all()
+
+    def _is_whole(self, data: bytes) -> bool:
+        """Whether this is one message, no more and no less, that can be taken: the rule for small ones."""
+        if self._partial or len(data) < PREFIX.size:
+            return False
+        compressed, length = PREFIX.unpack_from(data)
+        return not compressed and length == len(data) - PREFIX.size and length <= self._max_message_bytes
 
     def _split(self) -> None:
         """Move out of the partial message what is finished; keep nothing of one that is not taken here."""
