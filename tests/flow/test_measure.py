@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
+from taskd.activation.lifecycle import Status
 from taskd.daemon import measure
 from taskd.errors import LogUnavailable
 from taskd.log.base import Partition
@@ -43,3 +46,24 @@ async def test_a_lag_that_cannot_be_measured_ends_nothing(autojump_clock: Clock,
         nursery.cancel_scope.cancel()
     assert metrics.log_lag_records.labels("fickle", "0")._value.get() == 7
     assert ("fickle", "1") not in metrics.log_lag_records._metrics  # it moved to another broker
+
+
+async def test_a_long_look_at_partitions_is_taken_less_often(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[float] = []
+
+    async def slow() -> dict[tuple[str, int, Status], int]:
+        looked_at.append(trio.current_time())
+        await trio.sleep(1 if len(looked_at) == 1 else 0)
+        return {("slow", 0, Status.PENDING): len(looked_at)}
+
+    monkeypatch.setattr(broker.inflight, "depths_by_partition", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(measure.keep_gauges, broker.inflight, lambda: None)
+        await trio.sleep(120)
+        nursery.cancel_scope.cancel()
+    pauses_s = [later - earlier for earlier, later in pairwise(looked_at)]
+    assert pauses_s[0] >= measure.PAUSES_PER_LOOK
+    assert set(pauses_s[1:]) == {measure.EVERY_S}
+    assert metrics.partition_rows.labels("slow", "0", "pending")._value.get() == len(looked_at)
