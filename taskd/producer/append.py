@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,9 @@ class Sender:
         self._arrived = trio.Event()
         self._opened = trio.Event()
         self._writer: Writer | None = None
+        self._busy = False  # somebody sees to what is in the queue
+        self._failures = 0  # appends in a row of which something must be sent again
+        self._ended = False
         self._unsettled = 0
         self._drained = trio.Event()
         self._drained.set()
@@ -59,12 +62,36 @@ class Sender:
 
     def offer(self, parcel: Parcel) -> None:
         """Send this parcel; it is settled within about twice the time-out."""
+        self._take(parcel)
+        self._arrived.set()
+
+    async def send(self, parcels: Sequence[Parcel]) -> None:
+        """As `offer`. While nothing else is sent, this task appends them itself: to wake another takes time.
+
+        Not all need be settled when this returns. Cancelling leaves open which arrived.
+        """
+        free = bool(parcels) and not (self._busy or self._queue or self._writer is None)
+        for parcel in parcels:
+            self._take(parcel)
+        try:
+            if free:
+                self._busy = True
+                try:
+                    await self._round()
+                finally:
+                    self._busy = False
+        finally:
+            if self._queue:  # what is left, and what came meanwhile
+                self._arrived.set()
+            if self._ended:
+                self._give_up_all()
+
+    def _take(self, parcel: Parcel) -> None:
         parcel.deadline = trio.current_time() + self._timeout_s
         if self._unsettled == 0:
             self._drained = trio.Event()
         self._unsettled += 1
         self._queue.append(parcel)
-        self._arrived.set()
 
     def give_up(self, parcel: Parcel) -> None:
         """Settle a parcel whose time is over. It may still arrive when an append is under way."""
@@ -91,8 +118,12 @@ class Sender:
                 nursery.start_soon(self._keep_open)
                 nursery.start_soon(self._send)
         finally:
-            for parcel in self._queue:
-                self.give_up(parcel)
+            self._ended = True
+            self._give_up_all()
+
+    def _give_up_all(self) -> None:
+        for parcel in self._queue:
+            self.give_up(parcel)
 
     async def _keep_open(self) -> None:
         failures = 0
@@ -110,22 +141,26 @@ class Sender:
                 failures += 1
 
     async def _send(self) -> None:
-        failures = 0
         while True:
-            if not self._queue:
+            while self._busy or not self._queue:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            batch = self._next_batch()
-            try:
-                answers = await self._append(batch)
-            finally:
-                # Unsettled ones lie in the queue whatever happens, for the retry or for `run`'s end.
-                self._queue.extendleft(reversed(batch))
-            if self._judge(batch, answers):
-                await self._back_off(failures)
-                failures += 1
-            else:
-                failures = 0
+            self._busy = True
+            while self._queue:
+                if self._failures:
+                    await self._back_off(self._failures - 1)
+                await self._round()
+            self._busy = False
+
+    async def _round(self) -> None:
+        """Append what waits, as much as goes together."""
+        batch = self._next_batch()
+        try:
+            answers = await self._append(batch)
+        finally:
+            # Unsettled ones lie in the queue whatever happens, for the retry or for `run`'s end.
+            self._queue.extendleft(reversed(batch))
+        self._failures = self._failures + 1 if self._judge(batch, answers) else 0
 
     def _next_batch(self) -> list[Parcel]:
         now = trio.current_time()

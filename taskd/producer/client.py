@@ -60,11 +60,11 @@ class Producer:
 
     async def _deliver(self, parcels: Sequence[Parcel], settled: _Countdown) -> None:
         settled.expect(len(parcels))
-        for parcel in parcels:
-            self._sender.offer(parcel)
         try:
             with trio.move_on_after(self._timeout_s):
-                await settled.all.wait()
+                await self._sender.send(parcels)
+                if not settled.all.is_set():
+                    await settled.all.wait()
         finally:
             for parcel in parcels:
                 self._sender.give_up(parcel)

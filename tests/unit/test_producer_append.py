@@ -197,6 +197,54 @@ async def test_cancelling_a_send_gives_the_call_up(autojump_clock: object) -> No
         assert len(log.batches) <= attempts + 1
 
 
+async def test_cancelling_a_send_in_the_middle_of_its_append_leaves_others_alone(
+    autojump_clock: object,
+) -> None:
+    log = ScriptedLog()
+    log.append_s = 5
+    async with producing(log) as producer, trio.open_nursery() as nursery:
+        await trio.testing.wait_all_tasks_blocked()  # the log is open: the caller appends itself
+        with trio.move_on_after(1):
+            nursery.start_soon(_later, producer, call(1))
+            await producer.send(call(0))
+        await trio.sleep(10)
+        assert log.taken == [b"id-1"]
+
+
+async def _later(producer: Producer, its: Call) -> None:
+    await trio.sleep(0.5)
+    await producer.send(its)
+
+
+async def test_new_calls_do_not_cut_a_back_off_short(autojump_clock: object) -> None:
+    log = ScriptedLog(lambda record: LogUnavailable("down"))
+    async with producing(log) as producer, trio.open_nursery() as nursery:
+        for number in range(100):
+            nursery.start_soon(producer.send_many, [call(number)])
+            await trio.sleep(0.05)
+        assert len(log.batches) < 20
+        log.answer = lambda record: None
+    assert len(log.taken) == 100
+
+
+async def test_leaving_fails_what_is_being_appended(autojump_clock: object) -> None:
+    log = ScriptedLog()
+    log.append_s = 1
+    results: list[Any] = []
+
+    async def send(producer: Producer) -> None:
+        log.answer = lambda record: LogUnavailable("closed")
+        results.extend(await producer.send_many([call()]))
+
+    async with trio.open_nursery() as nursery:
+        async with producing(log) as producer:
+            await trio.testing.wait_all_tasks_blocked()  # the log is open: the caller appends itself
+            nursery.start_soon(send, producer)
+            await trio.sleep(0.5)
+        await trio.sleep(1)
+        assert isinstance(results[0], DeliveryError)
+
+
 async def test_leaving_fails_what_is_left(autojump_clock: object) -> None:
     log = ScriptedLog(lambda record: LogUnavailable("down"))
     results: list[Any] = []
