@@ -65,15 +65,12 @@ class Pipes:
 
     def frame(self) -> bytes:
         """The frame that belongs to the token just taken."""
-        if not self._frames:
-            self._frames = list(self._splitter)[::-1]
         while not self._frames:
             self.flush()
             data = os.read(self._work, READ_BYTES)
             if not data:
                 os._exit(EXIT_PIPES_BROKEN)  # a token without its frame: the worker is gone
-            self._splitter.feed(data)
-            self._frames = list(self._splitter)[::-1]
+            self._frames = self._splitter.frames(data)[::-1]
         return self._frames.pop()
 
     def report(self, report: pipe.Report) -> None:

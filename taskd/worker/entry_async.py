@@ -62,8 +62,7 @@ class Pipes:
                 continue
             if not data:
                 os._exit(EXIT_PIPES_BROKEN)  # a token without its frame: the worker is gone
-            self._splitter.feed(data)
-            self._frames = list(self._splitter)[::-1]
+            self._frames = self._splitter.frames(data)[::-1]
         return self._frames.pop()
 
     def report(self, report: pipe.Report) -> None:

@@ -55,6 +55,15 @@ def test_work_survives(work: pipe.Work) -> None:
     assert pipe.decode_work(frame) == work
 
 
+@given(st.lists(st.binary(max_size=20), min_size=1), st.integers(1, 50))
+def test_frames_survive_any_cutting_of_the_stream(bodies: list[bytes], size: int) -> None:
+    stream = b"".join(len(body).to_bytes(4, "big") + body for body in bodies)
+    splitter = pipe.Splitter(100)
+    parts = (stream[start : start + size] for start in range(0, len(stream), size))
+    assert [frame for part in parts for frame in splitter.frames(part)] == bodies
+    assert splitter.frames(stream) == bodies
+
+
 @given(st.lists(st.builds(pipe.Order, st.sampled_from(pipe.OrderKind), st.integers(0, 2**64 - 1))))
 def test_orders_survive(orders: list[pipe.Order]) -> None:
     assert pipe.decode_orders(b"".join(map(pipe.encode_order, orders))) == orders
