@@ -8,11 +8,13 @@ lost: try again elsewhere or later), PeerTimeout (no answer in time: it may have
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import structlog
 import trio
 from grpclib.config import Configuration
 from grpclib.const import Status
@@ -33,6 +35,8 @@ from taskd.rpc.connection import Protocol, configuration
 from taskd.rpc.exchange import Exchange
 from taskd.rpc.limits import Keepalive
 from taskd.rpc.local import PREFIX
+
+log = structlog.get_logger("taskd.rpc")
 
 CONNECT_S = 5.0
 KEEPALIVE = Keepalive(time_s=30.0, without_calls=False)
@@ -273,6 +277,9 @@ class Client:
                 await aio.call(_adopt, protocol, connected, self._tls, self._host)
             except (OSError, aio.Interrupted) as error:
                 raise PeerUnavailable(f"{self.address}: {_why_not(error)}") from error
+            if self._tls is None:
+                # It lives as long as the connection, whoever made that, and needs asyncio's loop of here.
+                trio.lowlevel.spawn_system_task(_read, protocol, context=contextvars.copy_context())
             await protocol.connection.ready.wait()
             ready = not protocol.connection.is_closing()
         finally:
@@ -312,6 +319,14 @@ async def _adopt(protocol: Protocol, connected: socket.socket, tls: ssl.SSLConte
         await loop.create_connection(lambda: protocol, sock=connected)
     else:
         await loop.create_connection(lambda: protocol, sock=connected, ssl=tls, server_hostname=host)
+
+
+async def _read(protocol: Protocol) -> None:
+    try:
+        await protocol.read()
+    except Exception as error:  # what a task of the system raises would end the process
+        log.error("connection closed: reading failed", peer=protocol.connection.peer, exc_info=error)
+        protocol.connection.transport.abort()
 
 
 def _why_not(error: Exception) -> str:
