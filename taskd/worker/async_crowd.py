@@ -156,7 +156,8 @@ class Crowd:
             if self._sent >= self._limits.max_tasks:
                 self.is_useful = True  # though nothing of its share has ended yet
                 self.over.set()
-            await self._child.send([piece(job, now) for job in jobs])
+            self._child.give([piece(job, now) for job in jobs])
+            await self._child.flush()
         self._busy.set()
         if self._watch.ladder is None:
             self._child.dismiss()  # it leaves when it has done what it has

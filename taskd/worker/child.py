@@ -30,19 +30,23 @@ class Piece(NamedTuple):
 
 
 class Child(Protocol):
-    """One child that said it is ready. Use it from one Trio run; `send` and `receive` from two tasks."""
+    """One child that said it is ready. Use it from one Trio run; `flush` and `receive` from two tasks."""
 
     pid: int
     ready: pipe.Ready
     rss_bytes: int  # the memory it had when it was last looked at; 0: not known
     whose: Whose  # set it to have what tasks print logged with the ids of their activations
 
-    async def send(self, work: Sequence[Piece]) -> None:
-        """Write pieces of work.
+    def give(self, work: Sequence[Piece]) -> bool:
+        """Write pieces of work. False: not all was taken at once; `flush` it before giving more.
 
-        They are numbered from 1 in the order sent. A child that ended takes them silently: `receive`
-        is who tells. A cancelled send leaves the child unusable.
+        They are numbered from 1 in the order given. A child that ended takes them silently: `receive`
+        is who tells.
         """
+        ...
+
+    async def flush(self) -> None:
+        """Write what is left of what was given. Cancelled, it leaves the child unusable."""
         ...
 
     async def receive(self) -> list[pipe.Report]:

@@ -273,7 +273,7 @@ class Pool:
 
     def _wake_slots(self) -> None:
         self.async_part.wake()
-        for slot in self.slots:
+        for slot in sorted(self.slots, key=lambda slot: slot.load):  # idle ones first
             slot.wake()
 
     def _stop_in_slots(self) -> None:

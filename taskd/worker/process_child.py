@@ -67,6 +67,7 @@ class ProcessChild:
         for fd in ends:
             os.set_blocking(fd, False)
         self._work = trio.lowlevel.FdStream(ends.work)
+        self._unwritten = b""  # of what was given
         self._memory = -1  # the system's file on its memory
         self._dismissed = self._alone = self._terminated = self._killed = self._ended = False
         self._exit_by = float("inf")  # set when it closed its pipe
@@ -82,12 +83,24 @@ class ProcessChild:
         for fd in (ends.reports, ends.stdout, ends.stderr, pidfd):
             self._any.register(fd, select.EPOLLIN)
 
-    async def send(self, work: Sequence[Piece]) -> None:
+    def give(self, work: Sequence[Piece]) -> bool:
         frames = b"".join(map(_frame, work))
-        # Tokens first: a child that waits for a token would never read a frame that fills the pipe.
+        # What the pipe takes comes before the tokens, so that a child that waits for one finds its frame. The
+        # rest comes after them: without a token, it would never read what fills the pipe.
+        try:
+            written = os.write(self._ends.work, frames)
+        except BlockingIOError:
+            written = 0
+        except BrokenPipeError:
+            written = len(frames)
+        self._unwritten = frames[written:]
         os.write(self._ends.token_write, pipe.TOKEN_RUN * len(work))
         self._starts.given(len(work), trio.current_time())
         self._idle.deadline = self._starts.look_at
+        return not self._unwritten
+
+    async def flush(self) -> None:
+        frames, self._unwritten = self._unwritten, b""  # a checkpoint also when there is nothing
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._work.send_all(frames)
 

@@ -90,12 +90,19 @@ class Slot:
         self._quiet = False
         self._ladder: Ladder | None = None  # while the running task is being ended
         self._stuck = False
+        self._is_hungry = False  # the feeding task waits for work
+        self._recalls = False  # it is being taken back
         self._worn = False  # the child gets nothing more, and leaves when it has done what it has
         self._most_bytes: int | None = None  # of memory, after a task
         self._leftovers = False
         self._retired = False
 
     # ---- what the pool asks
+
+    @property
+    def load(self) -> int:
+        """How many activations are in here."""
+        return len(self._inside)
 
     @property
     def jobs(self) -> list[Job]:
@@ -117,7 +124,11 @@ class Slot:
         return 0.0 if self._running is None else now - self._must_end_at - self._graces.total_s
 
     def wake(self) -> None:
-        """There may be work."""
+        """There may be work. What is at hand goes to the child in this very turn of the loop."""
+        if self._child is not None and self._is_hungry and not self._recalls:
+            if not self._hand_over(self._child) and not self._worn:
+                return
+            self._is_hungry = False
         self._wake.set()
 
     def recall(self) -> None:
@@ -125,7 +136,9 @@ class Slot:
         if self._child is not None:
             back = self._take_back(self._child)
             if back:
+                self._recalls = True  # whoever recalls has not yet done what it does it for
                 self._backlog.put_back(back)
+                self._recalls = False
 
     def end_stopped(self) -> None:
         """End what was stopped: the running task, and others before they begin."""
@@ -214,21 +227,17 @@ class Slot:
 
     async def _feed(self, child: Child, serving: trio.CancelScope) -> None:
         """Until the child is worn and has done what it has: that ends `serving`."""
-        while not self._worn:
-            jobs = self._next_jobs()
-            if not jobs:
-                self._wake = trio.Event()
+        try:
+            while not self._worn:
+                if self._hand_over(child):
+                    await child.flush()
+                    continue
+                self._wake, self._is_hungry = trio.Event(), True
                 await self._wake.wait()
-                continue
-            now = trio.current_time()
-            if not self._inside:
-                self._since = now
-            for job in jobs:
-                self._sent += 1
-                self._inside[self._sent] = job
-            self._worn |= self._sent >= self._max_tasks_per_child
-            self._due.deadline = self._check_at()
-            await child.send([piece(job, now) for job in jobs])
+                self._is_hungry = False
+                await child.flush()
+        finally:
+            self._is_hungry = False
         while self._inside:
             self._wake = trio.Event()
             await self._wake.wait()
@@ -236,12 +245,28 @@ class Slot:
         child.dismiss(alone=self._leftovers)
         serving.cancel()
 
-    def _next_jobs(self) -> list[Job]:
+    def _hand_over(self, child: Child) -> bool:
+        """Give the child its share of what waits. True: `_feed` has something to do."""
+        room = self._room()
+        now = trio.current_time()
+        jobs = self._backlog.take(room, self._slots, now, least=self._pace.ahead() // 8) if room > 0 else []
+        if not jobs:
+            return False
+        if not self._inside:
+            self._since = now
+        for job in jobs:
+            self._sent += 1
+            self._inside[self._sent] = job
+        self._worn |= self._sent >= self._max_tasks_per_child
+        self._due.deadline = self._check_at()
+        is_written = child.give([piece(job, now) for job in jobs])
+        return not is_written or self._worn or (len(jobs) < room and self._backlog.has_plain)
+
+    def _room(self) -> int:
         if self._stuck or self._worn or self._ladder is not None:
-            return []
+            return 0
         room = 1 + self._pace.ahead() - len(self._inside)
-        room = min(room, self._max_tasks_per_child - self._sent)
-        return self._backlog.take(room, self._slots, trio.current_time()) if room > 0 else []
+        return min(room, self._max_tasks_per_child - self._sent)
 
     def _take_back(self, child: Child) -> list[Job]:
         """Remove from the child what it has not begun; oldest first."""

@@ -50,10 +50,14 @@ class SlowChild:
         self._out.send_nowait(pipe.Done(number, DONE, 1))
         self._slots.release()
 
-    async def send(self, work: Sequence[Piece]) -> None:
+    def give(self, work: Sequence[Piece]) -> bool:
         for piece in work:
             self._given += 1
-            await self._work_in.send((self._given, piece))
+            self._work_in.send_nowait((self._given, piece))
+        return True
+
+    async def flush(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def receive(self) -> list[pipe.Report]:
         try:

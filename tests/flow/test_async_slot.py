@@ -60,12 +60,15 @@ class ScriptedChild:
         self._news = trio.Event()
         self._out, self._in = trio.open_memory_channel[pipe.Report](10_000)
 
-    async def send(self, work: Sequence[Piece]) -> None:
-        await trio.lowlevel.checkpoint()
+    def give(self, work: Sequence[Piece]) -> bool:
         for piece in work:
             self._count += 1
             self._tokens.append((self._count, piece, trio.current_time()))
         self._news.set()
+        return True
+
+    async def flush(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def receive(self) -> list[pipe.Report]:
         try:

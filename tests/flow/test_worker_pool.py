@@ -57,14 +57,17 @@ class ScriptedChild:
         self._dismissed = False
         self._out, self._in = trio.open_memory_channel[pipe.Report](1_000)
 
-    async def send(self, work: Sequence[Piece]) -> None:
-        await trio.lowlevel.checkpoint()
+    def give(self, work: Sequence[Piece]) -> bool:
         for piece in work:
             self._count += 1
             within_s = piece.start_within_s
             deadline = None if within_s is None else trio.current_time() + within_s
             self._tokens.append((self._count, piece, deadline))
         self._arrived.set()
+        return True
+
+    async def flush(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def receive(self) -> list[pipe.Report]:
         try:

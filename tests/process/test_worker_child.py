@@ -199,11 +199,12 @@ async def test_work_taken_back_is_never_started(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     async with spawner().open() as child:
         slow = call("slow", "starts_a_process", str(tmp_path / "pid")).activation
-        await child.send([Piece(slow)])
+        assert child.give([Piece(slow)])
         await child.receive()
         large = call("large", "append", str(path), "x" * 1_000_000).activation
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(child.send, [Piece(large), Piece(large)])
+            assert not child.give([Piece(large), Piece(large)])
+            nursery.start_soon(child.flush)
             await trio.testing.wait_all_tasks_blocked()
             assert child.take_back() == 2
             assert child.take_back() == 2, "the tokens to skip them can be taken as well"
@@ -215,9 +216,9 @@ async def test_work_taken_back_is_never_started(tmp_path: Path) -> None:
 async def test_work_taken_back_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     async with spawner().open() as child:
-        await child.send([Piece(call(str(n), "append", str(path), str(n)).activation) for n in range(200)])
+        assert child.give([Piece(call(str(n), "append", str(path), str(n)).activation) for n in range(200)])
         taken = child.take_back()
-        await child.send([Piece(call("last", "append", str(path), "last").activation)])
+        assert child.give([Piece(call("last", "append", str(path), "last").activation)])
         numbers: set[int] = set()
         with trio.fail_after(10):
             while 201 not in numbers:

@@ -61,7 +61,7 @@ def test_what_is_read_is_one_note_while_another_process_writes() -> None:
 async def test_a_task_that_lasts_is_told_with_its_true_start() -> None:
     async with spawner().open() as child:
         quick = call("quick", "noop").activation
-        await child.send([Piece(quick), Piece(quick), Piece(call("a", "naps", 0.4).activation)])
+        assert child.give([Piece(quick), Piece(quick), Piece(call("a", "naps", 0.4).activation)])
         told: list[pipe.Report] = []
         while pipe.Done not in map(type, told[-1:]) or told[-1].number < 3:  # type: ignore[union-attr]
             told += await child.receive()
