@@ -109,15 +109,16 @@ async def test_a_call_that_is_alone_waits_for_nothing(
     assert trio.current_time() == began
 
 
-async def test_calls_that_come_in_one_turn_of_the_loop_go_in_one_round(
+async def test_calls_that_come_in_one_turn_of_the_loop_go_in_one_round_once_it_is_busy(
     autojump_clock: Clock, broker: Broker, callers: Callers
 ) -> None:
-    await produce(broker, *(f"r{number}" for number in range(16)))
-    async with trio.open_nursery() as nursery:
-        for number in range(16):
-            nursery.start_soon(callers.call, f"c{number}")
-    assert sorted(map(str, callers.got.values())) == sorted(f"r{number}" for number in range(16))
-    assert callers.store.rounds == [(0, [16])]
+    await produce(broker, *(f"r{number}" for number in range(32)))
+    for burst in range(2):
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                nursery.start_soon(callers.call, f"c{burst} {number}")
+    assert sorted(map(str, callers.got.values())) == sorted(f"r{number}" for number in range(32))
+    assert callers.store.rounds == [(0, [1]), (0, [15]), (0, [16])]
 
 
 async def test_each_reports_and_gets_one_in_the_order_they_came(
