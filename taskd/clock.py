@@ -27,6 +27,11 @@ class Clock(Protocol):
     def now(self) -> Now: ...
 
 
+def rough_wall_ms() -> int:
+    """Milliseconds since 1970, for what is only to lie roughly in the order of time."""
+    return time.time_ns() // 1_000_000
+
+
 def monotonic_s() -> float:
     """The monotonic clock in seconds, finely: for measuring how long something took.
 

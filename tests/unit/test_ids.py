@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from taskd.activation.ids import new_id, raw_record_id, retry_id, scheduled_id
+from taskd.clock import rough_wall_ms
 
 
 def test_the_contracts_vectors() -> None:
@@ -27,10 +28,13 @@ def test_each_part_counts() -> None:
     assert all(len(id_) == 32 for id_ in made)
 
 
-def test_new_ids_are_32_digits_and_never_the_same() -> None:
+def test_new_ids_are_never_the_same_and_begin_with_the_time() -> None:
+    before_ms = rough_wall_ms()
     ids = [new_id() for _ in range(1_000)]
     assert len(set(ids)) == 1_000
-    assert all(re.fullmatch("[0-9a-f]{32}", id_) for id_ in ids)
+    for id_ in ids[64:]:  # the first may have been drawn with earlier ones
+        assert re.fullmatch("[0-9a-f]{12}7[0-9a-f]{3}[89ab][0-9a-f]{15}", id_)
+        assert before_ms <= int(id_[:12], 16) <= rough_wall_ms()
 
 
 def test_a_forked_child_has_ids_of_its_own() -> None:
