@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,8 +146,7 @@ class Departures:
     def _forget_forwarded(self, row: int, lane: int) -> None:
         # No tombstone: the copy has the same id, and may come back to this very store.
         self._store.move(row, lane, Status.FORWARDED, Event.SETTLED)
-        self._store.run("forget", row)
-        self._store.forget(lane)
+        self._delete([(row, lane)])
 
     def settle(self, settlements: Sequence[Settlement], now: Now) -> None:
         """What had to follow these rows is published: they are gone. Those gone already are passed over."""
@@ -197,7 +198,11 @@ class Departures:
         excess = sum(lane.counts[Status.GONE] for lane in self._store.lanes.values()) - len(rows) - max_count
         if not rows and excess > 0:
             rows = self._store.run("oldest_gone", min(excess, limit)).fetchall()
-        for row, lane in rows:
-            self._store.run("forget", row)
-            self._store.forget(lane)
+        self._delete(rows)
         return len(rows)
+
+    def _delete(self, rows: Sequence[tuple[int, int]]) -> None:
+        """These tombstones, each with its lane."""
+        self._store.run("forget", json.dumps([row for row, _ in rows]))
+        for lane, count in Counter(lane for _, lane in rows).items():
+            self._store.forget(lane, count)

@@ -260,7 +260,7 @@ SELECT row, lane FROM inflight WHERE status = 12 AND finished_at_ms <= ? ORDER B
 SELECT row, lane FROM inflight WHERE status = 12 ORDER BY finished_at_ms LIMIT ?
 
 -- name: forget
-DELETE FROM inflight WHERE row = ?
+DELETE FROM inflight WHERE row IN (SELECT value FROM json_each(?))
 
 -- name: by_partition
 SELECT topic, partition, status, count(*) FROM (

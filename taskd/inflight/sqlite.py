@@ -315,9 +315,9 @@ class SqliteStore:
         self._count(lane, status, len(rows))
         return status
 
-    def forget(self, lane: int) -> None:
-        """A tombstone was deleted."""
-        self._count(lane, Status.GONE, -1)
+    def forget(self, lane: int, count: int) -> None:
+        """So many tombstones of a lane were deleted."""
+        self._count(lane, Status.GONE, -count)
         self.drop_lane_if_empty(lane)
 
     def adopt(self, lane: Lane, status: Status, row: Mapping[str, Any]) -> bool:
