@@ -18,7 +18,7 @@ from taskd.database import open_for_reading
 from taskd.producer.client import Producer
 
 BATCH = 1_000
-LOOK_EVERY_S = 0.1
+LOOK_EVERY_S = 0.5  # each look has the broker write all of its metrics
 STANDSTILL_S = 60.0
 
 
