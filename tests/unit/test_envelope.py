@@ -19,6 +19,8 @@ from taskd.wire.envelope import (
     Envelope,
     _any,
     _any_call,
+    _timestamp_ms,
+    _usual_timestamp_ms,
     next_attempt,
     scan,
     scan_call,
@@ -441,3 +443,18 @@ def test_the_short_way_of_scanning_is_the_long_one(message: TaskActivation, data
     for damaged in (raw, raw[: data.draw(st.integers(0, len(raw)))], raw + data.draw(st.binary(max_size=6))):
         assert read_by(scan, damaged) == read_by(_any, damaged)
         assert read_by(scan_call, damaged) == read_by(_any_call, damaged)
+
+
+@given(st.integers(0, 2**36), st.integers(0, 2**35), st.binary(max_size=2))
+def test_the_short_ways_of_reading_a_timestamp_are_the_long_one(
+    seconds: int, nanos: int, more: bytes
+) -> None:
+    raw = varint_field(1, seconds) + varint_field(2, nanos) + more
+
+    def read(reading: Callable[[], int]) -> int | None:
+        try:
+            return reading()
+        except Undecodable:
+            return None
+
+    assert read(lambda: _usual_timestamp_ms(raw)) == read(lambda: _timestamp_ms(raw, None))
