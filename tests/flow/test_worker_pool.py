@@ -461,6 +461,21 @@ async def test_work_behind_a_slow_task_in_a_child_runs_elsewhere(
         await broker.until(lambda: len(broker.results) == 101)
 
 
+async def test_the_slot_with_least_to_do_gets_what_comes(autojump_clock: MockClock) -> None:
+    """Children are fed ahead, so the first one would take it as well, and keep it behind what it runs."""
+    async with running(slots=3) as it:
+        broker = await it.network.accept()
+        for number in range(40):
+            broker.tell(work(f"q{number}", task="0.0001"))
+            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+            broker.take_all()
+        begin = trio.current_time()
+        for name in ("a", "b", "c"):
+            broker.tell(work(name, task="0.05"))
+        await broker.until(lambda: len(broker.results) == 43)
+        assert trio.current_time() - begin < 0.1, "all three ran at once"
+
+
 async def test_what_an_operator_stops_ends_unreported_wherever_it_is(autojump_clock: MockClock) -> None:
     async with running(slots=1) as it:
         broker = await it.network.accept()
