@@ -14,7 +14,6 @@ from taskd.worker.results import Job
 
 log = structlog.get_logger("taskd.worker")
 
-COMPLETE = pipe.Verdict(ResultStatus.COMPLETE)
 _completed = metrics.worker_tasks.labels("complete")
 _result_of = partial(tuple.__new__, Result)  # as frames.lease_ref
 
@@ -25,7 +24,7 @@ def end_completed(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.stopped and not job.broken_off:
             stopped_count += 1
-            end(job, COMPLETE)
+            end(job, pipe.COMPLETE)
         else:
             id_, fence = job.lease
             result = _result_of((id_, fence, ResultStatus.COMPLETE, "", "", None, None))
@@ -38,7 +37,7 @@ def end(job: Job, verdict: pipe.Verdict, *, quiet: bool = False) -> None:
 
     One that was broken off runs again, unless it completed all the same.
     """
-    if verdict == COMPLETE and not job.stopped:
+    if verdict == pipe.COMPLETE and not job.stopped:
         end_completed((job,))
         return
     if job.broken_off and verdict.status != ResultStatus.COMPLETE:
