@@ -13,7 +13,7 @@ from taskd.clock import rough_wall_ms
 _DRAWN = 64  # ids at once: asking the system for each takes longer than all the rest of making a call
 _DIGITS = 19  # random ones of each id
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))  # its upper bits are 10
-_spare: list[str] = []
+_spare: tuple[int, list[str]] = (0, [])  # the process that drew them, and what it has not used
 
 
 def new_id() -> str:
@@ -22,21 +22,23 @@ def new_id() -> str:
     Such ids begin with the time, so those that come together lie together in the index of the store. With
     random ones each insert changes a page of its own: at 100,000 rows a batch costs three times as much.
     """
-    try:
-        return _spare.pop()
-    except IndexError:
-        at = f"{rough_wall_ms():012x}"
-        drawn = os.urandom(_DRAWN * _DIGITS // 2).hex()
-        ids = [_version_7(at, drawn[n : n + _DIGITS]) for n in range(0, _DRAWN * _DIGITS, _DIGITS)]
-        _spare.extend(ids[1:])
-        return ids[0]
+    global _spare
+    drawn_by, spare = _spare
+    own = os.getpid()  # asked each time: no hook of Python's tells of a fork in C, as of uWSGI's workers
+    if drawn_by == own:
+        try:
+            return spare.pop()
+        except IndexError:
+            pass
+    at = f"{rough_wall_ms():012x}"
+    drawn = os.urandom(_DRAWN * _DIGITS // 2).hex()
+    ids = [_version_7(at, drawn[n : n + _DIGITS]) for n in range(0, _DRAWN * _DIGITS, _DIGITS)]
+    _spare = own, ids[1:]
+    return ids[0]
 
 
 def _version_7(at: str, random: str) -> str:
     return f"{at}7{random[:3]}{_VARIANT[random[3]]}{random[4:]}"
-
-
-os.register_at_fork(after_in_child=_spare.clear)  # or the child would use the ids of its parent
 
 
 def _derived(*parts: object) -> str:

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from taskd.activation.ids import new_id, raw_record_id, retry_id, scheduled_id
 from taskd.clock import rough_wall_ms
 
@@ -37,15 +39,18 @@ def test_new_ids_are_never_the_same_and_begin_with_the_time() -> None:
         assert before_ms <= int(id_[:12], 16) <= rough_wall_ms()
 
 
-def test_a_forked_child_has_ids_of_its_own() -> None:
-    code = """
-import os
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
+def test_a_forked_child_has_ids_of_its_own(fork: str) -> None:
+    """Also where the fork is not Python's: uWSGI forks its workers in C, where Python's hooks do not run."""
+    code = f"""
+import ctypes, os
 from taskd.activation.ids import new_id
 new_id()
-child = os.fork()
+child = {fork}()
 if child:
     os.waitpid(child, 0)
 print(*[new_id() for _ in range(200)], sep="\\n", flush=True)
+os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ids = done.stdout.split()
