@@ -99,6 +99,7 @@ class Rounds:
         lease = call.result.unwrap()
         if lease is None and call.looks_again and wanted is not None:
             leases = await self._inflight.claim(wanted.request(1))
+            _CLAIMS.inc(len(leases))
             return leases[0] if leases else None
         return lease
 

@@ -62,7 +62,6 @@ class Memory:
 class Block:
     """One block, decoded. `is_usual`: what it says needs no further look by h2."""
 
-    raw: list[HeaderTuple]
     text: Headers
     is_usual: bool
 
@@ -89,7 +88,7 @@ class RememberingDecoder(Decoder):
                 self._blocks.clear()
             # latin-1 decodes any byte: a strange header is its call's problem, not the connection's.
             text = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-            self._blocks[bytes(data)] = Block(headers, text, _is_usual(text))
+            self._blocks[bytes(data)] = Block(text, _is_usual(text))
         return headers
 
 

@@ -15,6 +15,7 @@ from taskd.activation.switches import Switch, SwitchKind
 from taskd.dispatch.rounds import Rounds, Wanted
 from taskd.errors import Refused, StoreError
 from taskd.inflight.base import Claimed, Lease, Policy, Report, ReportStatus
+from taskd.telemetry import metrics
 from taskd.wire import consumer
 from taskd.wire.consumer import Filter, StatusUpdate
 from taskd.wire.envelope import scan
@@ -282,8 +283,10 @@ async def test_who_got_nothing_behind_too_much_that_may_not_go_looks_again(
 ) -> None:
     await produce(broker, "a", "b")
     callers.store.cut_short = True
+    counted = metrics.claims.labels("unary")._value.get()
     await callers.all_at_once(("1",), ("2",), ("3",))
     assert sorted(map(str, (callers.got[name] for name in "123"))) == ["None", "a", "b"]
+    assert metrics.claims.labels("unary")._value.get() == counted + 2
 
 
 async def test_what_came_before_the_drain_and_waits_gets_nothing_but_is_written(

@@ -385,7 +385,7 @@ def test_calls_that_ended_are_not_kept() -> None:
 def decoded(decoder: RememberingDecoder, block: bytes) -> list[tuple[bytes, bytes]]:
     known = decoder.known(block)
     if known is not None:
-        return [tuple(header) for header in known.raw]  # type: ignore[misc]
+        return [(name.encode(), value.encode()) for name, value in known.text]
     return [tuple(header) for header in decoder.decode(block, raw=True)]  # type: ignore[misc]
 
 
