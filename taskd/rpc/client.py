@@ -123,8 +123,11 @@ class _ClientCall:
     async def send(self, body: bytes, *, end: bool = False) -> None:
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not (end and self._exchange.ask(body)):
-                await self._exchange.send(body, end=end)
+            if end:
+                if self._exchange.ask(body):
+                    return
+                self._exchange.connection.flush()  # its head: there may be no room for more
+            await self._exchange.send(body, end=end)
         except PeerError as error:
             raise _final_error(self._exchange) or error from None
 

@@ -163,9 +163,13 @@ class Channel(Connection):
     def close(self) -> None:
         """Close once what is written was sent, or after `GOODBYE_S`: a peer that is gone takes nothing."""
         if not self.is_closing():
-            self.flush()
-            self._loop.call_later(GOODBYE_S, self.transport.abort)
+            self.close_within_goodbye()
         super().close()
+
+    def close_within_goodbye(self) -> None:
+        """Whoever closes the transport: it does not take longer."""
+        self.flush()
+        self._loop.call_later(GOODBYE_S, self.transport.abort)
 
 
 class Processor(EventsProcessor):
@@ -273,6 +277,7 @@ class Protocol(H2Protocol):
                 break
             else:
                 if not data:
+                    self.eof_received()
                     transport.close()
                     break
                 self.data_received(data)
@@ -284,11 +289,12 @@ class Protocol(H2Protocol):
                 self._last_frame_s = self._now_s()
                 if not rest:
                     return
+            was_unfinished = self._unfinished
             events = self.connection.feed(rest)
             self._check_frame_size()
             self.connection.flush()
-            if events or not self._unfinished:
-                self._last_frame_s = self._now_s()
+            if events or not (was_unfinished and self._unfinished):
+                self._last_frame_s = self._now_s()  # or when the next was begun
             for event in events:
                 if self._is_glitch(event) and not self._glitches.spend(self._last_frame_s):
                     self._hang_up("too many resets, pings or empty frames", ErrorCodes.ENHANCE_YOUR_CALM)
@@ -343,6 +349,13 @@ class Protocol(H2Protocol):
         super().resume_writing()
         for stream in self.processor.streams.values():
             stream.window_updated.set()
+
+    def eof_received(self) -> None:
+        """The peer sends nothing more; the transport is closed after this, once all is sent that is to be.
+
+        Within `GOODBYE_S`: who does not read either would keep its connection, and what is unsent, for good.
+        """
+        self.connection.close_within_goodbye()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._reading_fd is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FRAME_HEAD = struct.Struct(">HBBBI")  # the length has three bytes
 DATA, HEADERS = 0, 1
 END_STREAM, END_HEADERS = 1, 4
+STREAM_ID = 0x7FFF_FFFF
 RECEIVING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 MANY_STREAMS = 64  # h2 forgets closed ones when it counts them, and the least limit on open ones is 100
 
@@ -55,6 +56,7 @@ class Shortcut:
         at, end = 0, len(data)
         while end - at >= FRAME_HEAD.size:
             high, low, kind, flags, stream_id = FRAME_HEAD.unpack_from(data, at)
+            stream_id &= STREAM_ID  # the first bit is reserved, and ignored
             body = at + FRAME_HEAD.size
             stop = body + (high << 8 | low)
             if stop > end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
@@ -443,4 +444,54 @@ async def test_a_peer_behind_a_cut_cable_is_given_up(who: str) -> None:
                         await stream.receive()
                 else:
                     await ended.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def test_who_hangs_up_its_side_and_does_not_read_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "GOODBYE_S", 0.01)
+    protocols: list[connection.Protocol] = []
+
+    class Noted(connection.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            protocols.append(self)
+
+    async def much(request: bytes) -> bytes:
+        return b"x" * 8_000_000
+
+    monkeypatch.setattr(server, "Protocol", Noted)
+    wide = frame(SETTINGS, struct.pack(">HI", 4, 2**31 - 1))
+    wider = frame(WINDOW_UPDATE, struct.pack(">I", 2**31 - 1 - 65_535))
+    asked = request(1, "/test/Much") + frame(DATA, b"\0\0\0\0\0", stream=1, flags=END_STREAM)
+    async with (
+        aio.open_loop(),
+        serve({"/test/Much": Unary(much)}, "127.0.0.1", 0) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as stream,
+    ):
+        await stream.send_all(PREFACE + wide + wider + asked)
+        await stream.receive_some(100_000)
+        await stream.send_eof()
+        with trio.fail_after(GENEROUS_S):
+            await protocols[0].lost.wait()
+
+
+async def test_a_server_without_room_for_a_body_learns_of_the_call_all_the_same() -> None:
+    async with aio.open_loop(), trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        head_came = trio.Event()
+
+        async def serve_one() -> None:
+            async with listener, await listener.accept() as stream:
+                await stream.send_all(frame(SETTINGS, struct.pack(">HI", 4, 0)))  # INITIAL_WINDOW_SIZE
+                said = b""
+                async for data in stream:
+                    said += data
+                    if bytes([HEADERS, END_HEADERS]) + struct.pack(">I", 1) in said:
+                        head_came.set()
+
+        nursery.start_soon(serve_one)
+        async with connect(f"127.0.0.1:{listener.socket.getsockname()[1]}") as client:
+            nursery.start_soon(partial(client.call, "/test/Echo", b"hello", timeout_s=GENEROUS_S))
+            with trio.fail_after(GENEROUS_S):
+                await head_came.wait()
             nursery.cancel_scope.cancel()

@@ -17,7 +17,7 @@ from taskd.rpc import blocks, connection
 from taskd.rpc.blocks import RememberingDecoder, RememberingEncoder, literal
 from taskd.rpc.connection import Protocol, configuration
 from taskd.rpc.exchange import Exchange
-from taskd.rpc.limits import Keepalive
+from taskd.rpc.limits import FRAME_S, Keepalive
 from taskd.rpc.shortcut import DATA, END_HEADERS, END_STREAM, HEADERS
 
 PRIORITY, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION, UNKNOWN = 2, 3, 4, 6, 8, 9, 77
@@ -339,6 +339,33 @@ def test_what_is_against_the_rules_is_left_to_h2(kind: int, bodies: list[bytes],
     end.read(b"".join(frame(DATA, body, stream=5) for body in bodies))
     assert end.transport.closed
     assert end.transport.written.endswith(struct.pack(">I", code))
+
+
+def test_the_reserved_bit_of_a_stream_s_number_means_nothing() -> None:
+    end, blocks = End(short=True), Blocks()
+    for stream in (1, 3, 5, 7 | 1 << 31):
+        end.read(frame(HEADERS, blocks.make(0), stream=stream, flags=END_HEADERS))
+    end.read(frame(DATA, MESSAGE, stream=7 | 1 << 31, flags=END_STREAM))
+    assert list(end.handler.calls) == [1, 3, 5, 7]
+    assert end.handler.calls[7][0].buffer.take() == b"ab"
+    end.close()
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_frame_has_its_time_from_when_it_was_begun(short: bool) -> None:
+    end, now_s = End(short=short), 0.0
+    end.protocol._now_s = lambda: now_s  # type: ignore[method-assign]
+    ping = frame(PING, b"12345678")
+    end.read(ping)
+    now_s = 10 * FRAME_S  # nothing was to be said meanwhile
+    end.read(ping[:9])
+    now_s += FRAME_S / 2
+    end.protocol.check()
+    assert not end.transport.closed
+    end.read(ping[9:10])
+    now_s += FRAME_S
+    end.protocol.check()
+    assert end.transport.closed
 
 
 def test_empty_data_is_counted() -> None:
