@@ -97,7 +97,7 @@ class Rounds:
             await self._lead()
             assert call.result is not None
         lease = call.result.unwrap()
-        if lease is None and call.looks_again and wanted is not None:
+        if call.looks_again and lease is None and wanted is not None and not self._draining.is_set():
             leases = await self._inflight.claim(wanted.request(1))
             _CLAIMS.inc(len(leases))
             return leases[0] if leases else None
@@ -150,7 +150,7 @@ class Rounds:
             verdicts, claims = await self._inflight.report_and_claim(reports, requests)
         except Exception as error:
             if len(calls) == 1:
-                calls[0].result = outcome.Error(error)
+                calls[0].result = await self._apart(calls[0], error)
                 return
             for call in calls:  # each by itself: what is wrong with one of them is nobody else's trouble
                 await self._serve([call])
@@ -162,6 +162,21 @@ class Rounds:
                 call.result = outcome.Value(lease)
                 call.looks_again = claimed.cut_short
         _count(reports, verdicts, sum(len(claimed.leases) for claimed in claims))
+
+    async def _apart(self, call: _Call, error: Exception) -> outcome.Outcome[Lease | None]:
+        """One call whose write failed: its report is durable also if the claim is what cannot be."""
+        if call.wanted is None:
+            return outcome.Error(error)
+        try:
+            if call.reports:
+                _count(call.reports, await self._inflight.report(call.reports), 0)
+            if self._draining.is_set():
+                return outcome.Value(None)
+            leases = await self._inflight.claim(call.wanted.request(1))
+        except Exception as failure:
+            return outcome.Error(failure)
+        _CLAIMS.inc(len(leases))
+        return outcome.Value(leases[0] if leases else None)
 
 
 def _count(reports: Sequence[Report], verdicts: Sequence[Verdict], leases: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 import trio
 import trio.testing
@@ -33,20 +34,32 @@ class Watched:
         self.rounds: list[tuple[int, list[int]]] = []  # reports, and the limits of the claims
         self.gate: trio.Event | None = None
         self.bad = ""  # an id that the store cannot take
+        self.claims_fail = False
         self.cut_short = False  # claims of a round find nothing, but would if they went on
 
     async def report_and_claim(self, reports: Sequence[Report], requests: Sequence[Any]) -> Any:
         self.rounds.append((len(reports), [request.limit for request in requests]))
         if self.gate is not None:
             await self.gate.wait()
-        if self.bad in [report.id for report in reports]:
-            raise StoreError("one of these rows cannot be written")
+        self._refuse_bad(reports)
+        if self.claims_fail and requests:
+            raise StoreError("a row that waits cannot be read")
         if self.cut_short:
             return [], [Claimed([], cut_short=True) for _ in requests]
         return await self._inflight.report_and_claim(reports, requests)
 
+    async def report(self, reports: Sequence[Report]) -> Any:
+        self._refuse_bad(reports)
+        return await self._inflight.report(reports)
+
     async def claim(self, request: Any) -> Any:
+        if self.claims_fail:
+            raise StoreError("a row that waits cannot be read")
         return await self._inflight.claim(request)
+
+    def _refuse_bad(self, reports: Sequence[Report]) -> None:
+        if self.bad in [report.id for report in reports]:
+            raise StoreError("one of these rows cannot be written")
 
 
 class Callers:
@@ -184,6 +197,36 @@ async def test_what_the_store_cannot_take_of_one_is_no_other_s_trouble(
     assert callers.got["5"] == "d"
 
 
+async def test_what_is_reported_is_written_also_when_nothing_can_be_claimed(
+    autojump_clock: Clock, broker: Broker, callers: Callers
+) -> None:
+    await produce(broker, "a", "b", "c")
+    await callers.all_at_once(("1",), ("2",))
+    callers.store.claims_fail = True
+    await callers.all_at_once(("3", done("a")), ("4", done("b")))
+    assert set(callers.errors) == {"3", "4"}
+    assert await statuses(broker, "a", "b", "c") == [Status.GONE, Status.GONE, Status.PENDING]
+
+
+async def test_a_disk_that_is_found_full_by_a_claim_takes_the_report_and_hands_out_nothing(
+    autojump_clock: Clock, broker: Broker, callers: Callers
+) -> None:
+    await produce(broker, "a", "b")
+    await callers.call("1")
+    store = broker.inflight._store
+    really = broker.inflight._leases.claim
+
+    def full(request: Any, now: Any) -> Any:
+        if store.trouble:
+            return really(request, now)
+        raise apsw.FullError("database or disk is full")
+
+    broker.inflight._leases.claim = full
+    await callers.call("2", done("a"))
+    assert callers.got == {"1": "a", "2": None}
+    assert await statuses(broker, "a", "b") == [Status.GONE, Status.PENDING]
+
+
 async def test_a_caller_that_goes_before_its_round_gets_nothing_but_its_report_counts(
     autojump_clock: Clock, broker: Broker, callers: Callers
 ) -> None:
@@ -287,6 +330,21 @@ async def test_who_got_nothing_behind_too_much_that_may_not_go_looks_again(
     await callers.all_at_once(("1",), ("2",), ("3",))
     assert sorted(map(str, (callers.got[name] for name in "123"))) == ["None", "a", "b"]
     assert metrics.claims.labels("unary")._value.get() == counted + 2
+
+
+async def test_nobody_looks_again_once_the_drain_began(
+    autojump_clock: Clock, broker: Broker, callers: Callers
+) -> None:
+    await produce(broker, "a")
+    callers.store.cut_short = True
+    callers.store.gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(callers.call, "1")
+        await trio.testing.wait_all_tasks_blocked()
+        broker.draining.set()
+        callers.store.gate.set()
+    assert callers.got == {"1": None}
+    assert await statuses(broker, "a") == [Status.PENDING]
 
 
 async def test_what_came_before_the_drain_and_waits_gets_nothing_but_is_written(
