@@ -81,11 +81,15 @@ class Pipes:
         """As `report`, that this task completed."""
         self._unsent += pipe.encode_completed(number, duration_us)
 
-    def begin(self, started: pipe.Started, begun_ns: int) -> None:
-        """Before the first line of a task: from here on it runs, and a crash is its own."""
-        self.flush()  # what ended is in the pipe before the worker sees who is next
+    def begin(self, started: pipe.Started) -> int:
+        """Before the first line of a task: from here on it runs, and a crash is its own. When that was."""
+        # What ended is in the pipe before the worker sees who is next. A full pipe is nobody's running time.
+        self.flush()
+        begun_ns = time.monotonic_ns()
         if not entry_note.write(self._note, started, begun_ns):
             self.say(started)
+            begun_ns = time.monotonic_ns()
+        return begun_ns
 
     def flush(self) -> None:
         if self._unsent:
@@ -152,8 +156,7 @@ def _run(pipes: Pipes, watch: Watch, number: int, work: pipe.Work) -> None:
     if isinstance(run, pipe.Verdict):
         pipes.report(pipe.Done(number, run, 0))
         return
-    begun_ns = time.monotonic_ns()
-    pipes.begin(pipe.Started(number, run.on_timeout, not run.task.report_timeout_errors), begun_ns)
+    begun_ns = pipes.begin(pipe.Started(number, run.on_timeout, not run.task.report_timeout_errors))
     failed = _call(run, watch.supervise(number, work, begun_ns / 1e9), work.fence, watch)
     duration_us = (time.monotonic_ns() - begun_ns) // 1000
     if failed is None:

@@ -10,8 +10,9 @@ A fourth pipe, *orders*, leads to the child for what cannot wait for the end of 
 task it is meant for, and a signal (SIGTERM) makes the child look: an order that comes late finds another
 task and does nothing, and a signal without an order is not the worker's.
 
-Frames are a length of four bytes and a msgpack array; an order is nine bytes. Work is numbered from 1 in
-the order it was written; reports and orders name it by that number.
+Frames are a length of four bytes and a msgpack array, but for the report that a task completed, which has
+fields of fixed size; an order is nine bytes. Work is numbered from 1 in the order it was written; reports and
+orders name it by that number. That a task began is not reported as a rule, but noted (entry_note.py).
 """
 
 from __future__ import annotations

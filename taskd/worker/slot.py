@@ -34,6 +34,7 @@ log = structlog.get_logger("taskd.worker")
 STALLED_AFTER_S = 0.1  # a task that runs this long gets nothing queued behind it
 LOOK_EVERY_S = 1.0  # at the memory of a child whose task runs long
 BEGIN_WITHIN_S = 30.0  # between two tasks a child only decodes; one that takes longer hangs
+LAST_WORD_S = 1.0  # ... if it says nothing within this time either
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.5, 30.0
 
 Health = Literal["starting", "warm", "failing"]
@@ -85,6 +86,7 @@ class Slot:
         self._inside: dict[int, Job] = {}  # in the child, by number
         self._running: int | None = None
         self._since = 0.0  # of the running task; else of the last sign of life
+        self._doubted = -1.0  # a value of `_since`: the child is given a last word
         self._must_end_at = 0.0  # the running task's deadline
         self._on_timeout: pipe.Verdict | None = None
         self._quiet = False
@@ -314,6 +316,9 @@ class Slot:
             self._ladder.climb(now)
         elif not self._inside:
             return  # what it was to begin was taken back
+        elif self._running is None and self._since != self._doubted:
+            # Perhaps it was this process that slept: what the child did meanwhile is to be read first.
+            self._since = self._doubted = now + LAST_WORD_S - BEGIN_WITHIN_S
         elif self._running is None:
             # It hangs between two tasks. What follows is the same as after a crash.
             self._since = float("inf")

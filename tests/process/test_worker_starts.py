@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import trio
 from worker_pool_scene import COMPLETE, CRASHED, call, open_pool, remember_others, spawner
 
-from taskd.worker import entry_note
+from taskd.wire.frames import Result
+from taskd.worker import entry_note, slot
 from taskd.worker import entry_pipe as pipe
 from taskd.worker.child import Piece
 
@@ -34,6 +37,11 @@ while True:
 @pytest.fixture(autouse=True)
 def _others_known() -> None:
     remember_others()
+
+
+def freeze(seconds: float) -> None:
+    """Nothing runs in this process, as when it is stopped: its child goes on."""
+    time.sleep(seconds)
 
 
 def test_what_is_read_is_one_note_while_another_process_writes() -> None:
@@ -85,6 +93,39 @@ async def test_a_crash_is_of_the_task_that_ran_and_of_no_other_that_ended_just_b
         }
         assert pool.statistics().crashes == 1
         assert call("bad", "segfaults").lease in broker.started, "the broker counts crashes by starts"
+
+
+async def test_the_deadline_does_not_run_while_reports_wait_for_the_worker() -> None:
+    async with spawner().open() as child:
+        fcntl.fcntl(child._ends.reports, fcntl.F_SETPIPE_SZ, 4096)
+        bad = Piece(call("bad", "raises", "x" * 1000).activation, deadline_s=0.5)
+        nap = Piece(call("nap", "naps", 0.05).activation, deadline_s=0.5)
+        child.give([*[bad] * 40, *[nap] * 3])
+        await child.flush()
+        freeze(1.0)
+        ends: list[pipe.Done] = []
+        with trio.fail_after(30):
+            while len(ends) < 43:
+                ends += [report for report in await child.receive() if isinstance(report, pipe.Done)]
+    assert [end.number for end in ends if end.verdict.reason == "timeout"] == []
+
+
+async def test_a_worker_that_slept_does_not_blame_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "BEGIN_WITHIN_S", 0.5)
+    async with open_pool() as (broker, pool):
+        await broker.run(*(call(f"teach {number}", "noop") for number in range(100)))
+        calls = [call(f"quick {number}", "naps", 0.0003) for number in range(100)]
+        results: list[Result] = []
+
+        async def run() -> None:
+            results.extend(await broker.run(*calls, call("long", "naps", 1.5), call("behind", "noop")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.sleep(0.012)  # some of the quick ones are over
+            freeze(0.8)
+        assert {result.status for result in results} == {COMPLETE}
+        assert pool.statistics().crashes == 0
 
 
 async def test_what_is_stopped_around_its_start_ends(tmp_path: Path) -> None:
