@@ -168,9 +168,9 @@ class Leases:
         leases: list[Lease] = []
         while len(leases) < request.limit:  # a claim takes from a lane what its share is, and may leave some
             more = self.claim(replace(request, limit=request.limit - len(leases)), now)
-            if not more:
-                return Claimed(leases, self.cut_short)
             leases += more
+            if not more or self.cut_short:
+                return Claimed(leases, self.cut_short)
         return Claimed(leases, cut_short=False)
 
     def _claim_in_lane(self, lane: Lane, share: int, claim: Claim) -> bool:

@@ -143,12 +143,9 @@ class Inflight:
             raise StoreError(self.trouble)
         await trio.lowlevel.checkpoint_if_cancelled()
         inserting = self._begin(lambda now: self._arrivals.insert(arrivals, now))
-        along = self.standing.begin(len(arrivals), self._begin_claim)
-        try:
-            return await inserting.wait()
-        finally:
-            for claim in along:
-                claim.wake()
+        for claim in self.standing.begin(len(arrivals), self._begin_claim):
+            claim.wake()  # its owner waits for the commit itself, not for this task to run after it
+        return await inserting.wait()
 
     def _begin(self, write: Callable[[Now], T]) -> Pending[T]:
         return self._committer.begin(lambda: write(self._clock.now()))
@@ -200,7 +197,13 @@ class Inflight:
             verdicts = self._leases.report(reports, now) if reports else []
             if self.trouble:
                 return verdicts, [Claimed([], cut_short=False) for _ in requests], now.mono_ms
-            return verdicts, [self._leases.claim_each(request, now) for request in requests], now.mono_ms
+            claims: list[Claimed] = []
+            for request in requests:
+                if claims and claims[-1].cut_short:  # what one claim passes over is enough for a transaction
+                    claims.append(Claimed([], cut_short=True))
+                else:
+                    claims.append(self._leases.claim_each(request, now))
+            return verdicts, claims, now.mono_ms
 
         verdicts, claims, looked_ms = await self._submit(write)
         self._forget_progress(reports, verdicts)

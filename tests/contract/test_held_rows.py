@@ -13,7 +13,7 @@ from rows import arrival, check
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.activation.switches import Switch, SwitchKind
-from taskd.inflight import held
+from taskd.inflight import held, leases
 from taskd.inflight.base import ClaimRequest, LeaseKind, Policy, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight, open_inflight
@@ -171,6 +171,22 @@ async def test_reports_and_claims_are_one_write(store: Inflight) -> None:
     assert [lease.id for lease in found.leases] == ["1", "2"]
     assert nothing.leases == []
     assert len(changes) == 1
+
+
+async def test_claims_that_go_together_pass_over_no_more_than_one_claim_may(
+    store: Inflight, clock: FixedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "MAX_EXPIRED_PER_CLAIM", 3)
+    for number in range(10):
+        late = [arrival(f"{number} {n}", expires_s=5, dead_letter=False) for n in range(3)]
+        await store.insert([*late, arrival(f"good {number}")])
+    clock.wall_ms += 60_000
+    requests = [ClaimRequest(8, LeaseKind.UNARY), ClaimRequest(1, LeaseKind.UNARY, application="shop")]
+    _, claims = await store.report_and_claim([], requests)
+    assert store.counts()[Status.GONE] <= 2 * 3
+    assert [claimed.cut_short for claimed in claims] == [True, True]
+    for claimed, request in zip(claims, requests, strict=True):
+        assert len(claimed.leases) < request.limit
 
 
 async def test_in_trouble_reports_are_tried_and_nothing_is_claimed(store: Inflight) -> None:
