@@ -19,6 +19,7 @@ from taskd.inflight.heartbeats import Heartbeat
 from taskd.inflight.presence import Presence
 from taskd.inflight.standing import StandingClaim
 from taskd.inflight.writer import Inflight, Wake
+from taskd.locks import take
 from taskd.rpc.base import Duplex, Services, Stream
 from taskd.telemetry import metrics
 from taskd.wire import frames, frames_codec
@@ -213,8 +214,11 @@ class Session:
     # ---- to the worker
 
     async def _send(self, frame: frames.BrokerFrame) -> None:
-        async with self._sending:
+        await take(self._sending)
+        try:
             await self._stream.send(frames_codec.encode_broker_frame(frame))
+        finally:
+            self._sending.release()
 
     async def _assign(self, wake: Wake, standing: StandingClaim) -> None:
         async with trio.open_nursery() as nursery:
@@ -285,13 +289,16 @@ class Session:
     async def _hand_out(self, leases: list[Lease], credit: frames.Credit) -> None:
         sent = False
         try:
-            async with self._sending:
-                # From here on the worker may have it; what it never got, its next hello tells.
-                sent = True
+            await take(self._sending)
+            # From here on the worker may have it; what it never got, its next hello tells.
+            sent = True
+            try:
                 self._sent += len(leases)
                 await self._stream.send(
                     frames_codec.encode_broker_frame(frames.Assignments(tuple(leases), credit.number))
                 )
+            finally:
+                self._sending.release()
             metrics.claims.labels("stream").inc(len(leases))
         finally:
             if not sent:

@@ -20,6 +20,7 @@ from taskd.ingest.backpressure import REASONS, Limits, full, room, too_many_dela
 from taskd.ingest.decode import arrival_of
 from taskd.ingest.overflow import Overflow
 from taskd.ingest.raw import Decode
+from taskd.locks import take
 from taskd.log.base import Partition, Reader, Record, Revoked
 from taskd.telemetry import metrics
 
@@ -110,7 +111,7 @@ class Ingest:
                 arrivals = await self._admitted([self._decode(record) for record in records])
         if arrivals is None:
             return  # nothing came, or stopped while there was no room: not committed, so it is read again
-        await _take(self._flushing)
+        await take(self._flushing)
         try:
             # What was revoked since it was read is read again by whoever has it now, be it this reader
             # again: others may have gone on meanwhile, so it begins where the group is.
@@ -286,11 +287,3 @@ class Ingest:
 
     def _progress(self) -> None:
         self.last_progress_mono_ms = self._clock.now().mono_ms
-
-
-async def _take(lock: trio.Lock) -> None:
-    """Acquire it; at once if it is free: `acquire` would let a turn of the loop pass, and the rows wait."""
-    try:
-        lock.acquire_nowait()
-    except trio.WouldBlock:
-        await lock.acquire()

@@ -23,6 +23,7 @@ from h2.stream import H2Stream, StreamInputs
 from trio.lowlevel import ParkingLot
 
 from taskd.errors import PeerUnavailable
+from taskd.locks import take
 from taskd.rpc.base import Headers
 from taskd.rpc.inbox import PREFIX, Inbox
 from taskd.rpc.shortcut import DATA, END_HEADERS, END_STREAM, HEADERS, frame_head
@@ -138,17 +139,19 @@ class Exchange(GrpclibStream):
 
         `end`: it is our last. `hold`: its last part may wait for the next flush, which follows at once.
         """
-        async with self._sending:
-            left = memoryview(PREFIX.pack(0, len(body)) + body)
-            untouched = len(left)
-            try:
-                while len(left):
-                    await self._wait_for_room()
-                    left = left[self._write(left, end, hold) :]
-            except trio.Cancelled:
-                if len(left) < untouched:
-                    self.give_up(ErrorCodes.CANCEL, "a message was cancelled in the middle")
-                raise
+        await take(self._sending)
+        left = memoryview(PREFIX.pack(0, len(body)) + body)
+        untouched = len(left)
+        try:
+            while len(left):
+                await self._wait_for_room()
+                left = left[self._write(left, end, hold) :]
+        except trio.Cancelled:
+            if len(left) < untouched:
+                self.give_up(ErrorCodes.CANCEL, "a message was cancelled in the middle")
+            raise
+        finally:
+            self._sending.release()
 
     async def _wait_for_room(self) -> None:
         while True:

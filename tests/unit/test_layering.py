@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2] / "taskd"
 # An import goes to an earlier cell or stays in its own folder. Folders of one cell never import
 # each other; single modules of one cell may.
 CELLS = [
-    "errors clock signals",
+    "errors clock signals locks",
     "activation",
     "tasks wire config telemetry aio groupcommit database",
     "log inflight rpc",
