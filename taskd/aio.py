@@ -24,7 +24,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import trio_asyncio
 
-__all__ = ["Interrupted", "call", "finish", "lone", "mapped", "open_loop", "trio_handler", "unhandled_errors"]
+__all__ = [
+    "Interrupted",
+    "call",
+    "current_loop",
+    "finish",
+    "lone",
+    "mapped",
+    "open_loop",
+    "trio_handler",
+    "unhandled_errors",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +69,11 @@ async def open_loop() -> AsyncIterator[None]:
     finally:
         if failure is not None:
             raise failure
+
+
+def current_loop() -> object:
+    """The loop that `call` uses in this task: of the `open_loop` it was started in. None: there is none."""
+    return trio_asyncio.current_loop.get()
 
 
 class Interrupted(Exception):

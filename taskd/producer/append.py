@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import trio
 
+from taskd import aio
 from taskd.errors import DeliveryError, LogUnavailable
 from taskd.log.base import Outgoing, Position, Writer
 from taskd.log.scope import open_background
@@ -52,6 +53,7 @@ class Sender:
         self._arrived = trio.Event()
         self._opened = trio.Event()
         self._writer: Writer | None = None
+        self._loop = aio.current_loop()  # what the writer needs
         self._busy = False  # somebody sees to what is in the queue
         self._failures = 0  # appends in a row of which something must be sent again
         self._ended = False
@@ -67,10 +69,12 @@ class Sender:
 
     async def send(self, parcels: Sequence[Parcel]) -> None:
         """As `offer`. While nothing else is sent, this task appends them itself: to wake another takes time.
+        A task that is older than the producer, and so has another loop or none, leaves it to that other.
 
         Not all need be settled when this returns. Cancelling leaves open which arrived.
         """
         free = bool(parcels) and not (self._busy or self._queue or self._writer is None)
+        free = free and aio.current_loop() is self._loop
         for parcel in parcels:
             self._take(parcel)
         try:

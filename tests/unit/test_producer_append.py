@@ -9,6 +9,10 @@ import pytest
 import trio
 import trio.testing
 
+from taskd import aio  # isort: skip  # before asyncio is used: it replaces functions of it
+
+import asyncio
+
 from taskd.clock import Now
 from taskd.errors import DeliveryError, LogUnavailable, PeerUnavailable, Refused, Undecodable
 from taskd.log.base import Outgoing, Partition, Position, Rejected
@@ -214,6 +218,35 @@ async def test_cancelling_a_send_in_the_middle_of_its_append_leaves_others_alone
 async def _later(producer: Producer, its: Call) -> None:
     await trio.sleep(0.5)
     await producer.send(its)
+
+
+class AsyncioLog(ScriptedLog):
+    """A destination whose client needs asyncio's loop, as those of Kafka and gRPC do."""
+
+    async def append(self, records: Sequence[Outgoing]) -> Answers:
+        await aio.call(asyncio.sleep, 0)
+        return await super().append(records)
+
+
+async def test_tasks_send_that_are_older_than_the_producers_loop(caplog: pytest.LogCaptureFixture) -> None:
+    log = AsyncioLog()
+    producers, receive = trio.open_memory_channel[Producer](0)
+
+    sent = trio.Event()
+
+    async def older() -> None:
+        await (await receive.receive()).send(call(1))
+        sent.set()
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(older)
+            async with aio.open_loop(), producing(log) as producer:
+                await producer.send(call(0))  # the log is open from now on
+                await producers.send(producer)
+                await sent.wait()
+    assert log.taken == [b"id-0", b"id-1"]
+    assert caplog.text == ""
 
 
 async def test_new_calls_do_not_cut_a_back_off_short(autojump_clock: object) -> None:
