@@ -52,11 +52,6 @@ class Backlog:
         return len(self._waiting) + len(self._waiting_async)
 
     @property
-    def has_plain(self) -> bool:
-        """Whether something waits for a slot."""
-        return bool(self._waiting)
-
-    @property
     def async_count(self) -> int:
         """Async activations that wait."""
         return len(self._waiting_async)
@@ -110,12 +105,9 @@ class Backlog:
                 self._waiting.append(job)
         self._on_news() if gives_back else self._on_work()
 
-    def take(self, most: int, slots: int, now: float, *, least: int = 1) -> list[Job]:
-        """The next jobs for one of `slots`: its fair share, at most `most`, and only what may still start.
-
-        `least`: so few are no loss for the other slots, and not worth a turn of their own.
-        """
-        fair = max(-(-len(self._waiting) // slots), least)
+    def take(self, most: int, slots: int, now: float) -> list[Job]:
+        """The next jobs for one of `slots`: its fair share, at most `most`, and only what may still start."""
+        fair = -(-len(self._waiting) // slots)
         return self._take(self._waiting, min(most, fair), now)
 
     def take_async(self, most: int, now: float) -> list[Job]:

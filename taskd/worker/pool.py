@@ -273,8 +273,9 @@ class Pool:
 
     def _wake_slots(self) -> None:
         self.async_part.wake()
-        for slot in sorted(self.slots, key=lambda slot: slot.load):  # idle ones first
-            slot.wake()
+        by_load = sorted(self.slots, key=lambda slot: slot.load)  # idle ones first
+        for sharing, slot in zip(range(len(by_load), 0, -1), by_load, strict=True):
+            slot.wake(sharing)
 
     def _stop_in_slots(self) -> None:
         self.async_part.end_stopped()

@@ -125,10 +125,10 @@ class Slot:
         """For how long the running task should be over, all graces included; 0 or less: not yet."""
         return 0.0 if self._running is None else now - self._must_end_at - self._graces.total_s
 
-    def wake(self) -> None:
-        """There may be work. What is at hand goes to the child in this very turn of the loop."""
+    def wake(self, sharing: int | None = None) -> None:
+        """There may be work, for so many slots; None: for all. Its share goes to the child at once."""
         if self._child is not None and self._is_hungry and not self._recalls:
-            if not self._hand_over(self._child) and not self._worn:
+            if not self._hand_over(self._child, sharing or self._slots) and not self._worn:
                 return
             self._is_hungry = False
         self._wake.set()
@@ -231,7 +231,7 @@ class Slot:
         """Until the child is worn and has done what it has: that ends `serving`."""
         try:
             while not self._worn:
-                if self._hand_over(child):
+                if self._hand_over(child, self._slots):
                     await child.flush()
                     continue
                 self._wake, self._is_hungry = trio.Event(), True
@@ -247,11 +247,14 @@ class Slot:
         child.dismiss(alone=self._leftovers)
         serving.cancel()
 
-    def _hand_over(self, child: Child) -> bool:
-        """Give the child its share of what waits. True: `_feed` has something to do."""
+    def _hand_over(self, child: Child, sharing: int) -> bool:
+        """Give the child its share of what waits. True: `_feed` has something to do.
+
+        What it leaves to others and they do not take is there when it has done half of what it has.
+        """
         room = self._room()
         now = trio.current_time()
-        jobs = self._backlog.take(room, self._slots, now, least=self._pace.ahead() // 8) if room > 0 else []
+        jobs = self._backlog.take(room, sharing, now) if room > 0 else []
         if not jobs:
             return False
         if not self._inside:
@@ -262,7 +265,7 @@ class Slot:
         self._worn |= self._sent >= self._max_tasks_per_child
         self._due.deadline = self._check_at()
         is_written = child.give([piece(job, now) for job in jobs])
-        return not is_written or self._worn or (len(jobs) < room and self._backlog.has_plain)
+        return not is_written or self._worn
 
     def _room(self) -> int:
         if self._stuck or self._worn or self._ladder is not None:

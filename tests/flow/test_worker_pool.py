@@ -17,7 +17,7 @@ from taskd.config.schema import PoolSection
 from taskd.errors import PeerUnavailable, StartupError
 from taskd.wire import frames, frames_codec
 from taskd.wire.frames import Assignment, LeaseRef, Result, ResultStatus
-from taskd.worker import results
+from taskd.worker import results, slot
 from taskd.worker.child import Child, ChildGone, Piece
 from taskd.worker.output import nobody
 from taskd.worker.pool import SPARES_AFTER_S, Pool, run_pool
@@ -476,6 +476,23 @@ async def test_the_slot_with_least_to_do_gets_what_comes(autojump_clock: MockClo
         assert trio.current_time() - begin < 0.1, "all three ran at once"
 
 
+@pytest.mark.parametrize(("count", "task"), [(40, "0.05"), (4, "1"), (6, "0.05")])
+async def test_slots_share_evenly_what_comes_at_once(
+    autojump_clock: MockClock, count: int, task: str
+) -> None:
+    """Also when the tasks before were so quick that one child would be given all of it."""
+    async with running(slots=4) as it:
+        broker = await it.network.accept()
+        for number in range(60):
+            broker.tell(work(f"q{number}", task="0.0001"))
+            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+            broker.take_all()
+        begin = trio.current_time()
+        broker.tell(work(*(f"s{number}" for number in range(count)), task=task))
+        await broker.until(lambda: len(broker.results) == 60 + count)
+        assert trio.current_time() - begin < float(task) * -(-count // 4) + 0.05
+
+
 async def test_what_an_operator_stops_ends_unreported_wherever_it_is(autojump_clock: MockClock) -> None:
     async with running(slots=1) as it:
         broker = await it.network.accept()
@@ -676,6 +693,19 @@ async def test_a_crash_or_junk_costs_one_child(autojump_clock: MockClock, how: s
         assert [result.status for result in broker.results] == [ResultStatus.CRASHED, ResultStatus.COMPLETE]
         assert broker.started[0] == LeaseRef("a", 1)
         assert len(it.spawner.children) == 2
+
+
+async def test_a_worker_that_was_frozen_hears_its_child_before_it_judges_it(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot, "BEGIN_WITHIN_S", 2.0)
+    async with running(slots=1) as it:
+        broker = await it.network.accept()
+        broker.tell(work("a", task="0.1 decodes"))
+        await trio.testing.wait_all_tasks_blocked()
+        autojump_clock.jump(slot.BEGIN_WITHIN_S + slot.LAST_WORD_S + 1)  # meanwhile its child began it
+        await broker.until(lambda: bool(broker.results))
+        assert [result.status for result in broker.results] == [ResultStatus.COMPLETE]
 
 
 async def test_a_child_that_hangs_before_start_is_replaced(autojump_clock: MockClock) -> None:

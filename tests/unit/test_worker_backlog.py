@@ -65,14 +65,3 @@ def test_after_a_lapse_only_what_waits_of_that_store_goes_back(other: str) -> No
     held.lapse(account)
     assert account.news() == [HandBack((LeaseRef("b", 1),))]
     assert len(held) == bool(other)
-
-
-def test_a_slot_takes_its_share_of_what_waits_or_the_few_that_are_not_worth_sharing() -> None:
-    held = backlog()
-    held.accept(held.account("store"), work(*"abcdefghijkl"), 0.0)
-    assert [job.lease.id for job in held.take(10, 4, 0.0)] == ["a", "b", "c"]
-    assert [job.lease.id for job in held.take(10, 4, 0.0, least=5)] == ["d", "e", "f", "g", "h"]
-    assert [job.lease.id for job in held.take(2, 4, 0.0, least=5)] == ["i", "j"]
-    assert held.has_plain
-    assert len(held.take(10, 1, 0.0)) == 2
-    assert not held.has_plain
