@@ -30,7 +30,8 @@ class Starts:
         self.look_at = _NEVER
         self._memory = memory
         self._given = 0  # the newest number
-        self._last = 0  # ... that was not taken back
+        self._kept: list[tuple[int, int]] = []  # first and last number of what was not taken back
+        self._last = 0  # the newest of these
         self._begun = 0  # the newest that is known to have begun
         self._over = 0  # ... and to have ended
         self._after_s = LOOK_AFTER_S
@@ -39,13 +40,26 @@ class Starts:
         if self._memory is None:
             return
         was_idle = self._over >= self._last
-        self._given += count
+        while self._kept and self._kept[0][1] <= self._over:
+            del self._kept[0]
+        first, self._given = self._given + 1, self._given + count
+        if self._kept and self._last == first - 1:
+            first, _ = self._kept.pop()
+        self._kept.append((first, self._given))
         self._last = self._given
         if was_idle:
             self._await(now)
 
     def taken_back(self, count: int) -> None:
-        self._last = min(self._last, self._given - count)
+        """The newest so many; among them may be some that were taken back before."""
+        left = self._given - count
+        while self._kept and self._kept[-1][0] > left:
+            self._kept.pop()
+        self._last = 0
+        if self._kept:
+            first, last = self._kept[-1]
+            self._last = min(last, left)
+            self._kept[-1] = first, self._last
 
     def look(self, now: float, *, early: bool = False) -> pipe.Started | None:
         """The start that nobody was told of, when it is time to look. `early`: it is, if there can be any.

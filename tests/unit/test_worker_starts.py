@@ -204,6 +204,48 @@ def test_what_was_taken_back_is_not_waited_for() -> None:
     assert scene.look_and_hear(3.0) == [("Started", 4)]
 
 
+def test_what_was_taken_back_before_is_not_waited_for_either() -> None:
+    scene = Scene(given=10)
+    scene.starts.taken_back(6)
+    scene.look_and_hear(1.0, *map(done, range(1, 4)))
+    scene.starts.given(2, 1.0)
+    scene.starts.taken_back(2)
+    assert scene.starts.look_at < INF, "the fourth"
+    scene.look_and_hear(1.0, done(4))
+    assert scene.starts.look_at == INF
+    scene.starts.given(2, 2.0)
+    scene.starts.taken_back(8)
+    scene.look_and_hear(2.0)
+    assert scene.starts.look(3.0) is None
+    assert scene.starts.look_at == INF
+    scene.starts.given(1, 4.0)
+    assert scene.starts.look_at == 4.0 + LOOK_AFTER_S
+    scene.begins(15)
+    assert scene.look_and_hear(5.0) == [("Started", 15)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(("give", "take", "end")), st.integers(1, 9))))
+def test_a_child_is_looked_at_exactly_while_it_has_something(events: list[tuple[str, int]]) -> None:
+    starts = Starts(memory())
+    given_count, inside = 0, set[int]()
+    for what, count in events:
+        if what == "give":
+            starts.given(count, 0.0)
+            inside |= set(range(given_count + 1, given_count + count + 1))
+            given_count += count
+        elif what == "take" and count <= given_count:
+            gone = range(given_count - count + 1, given_count + 1)
+            if inside and min(inside) in gone:
+                continue  # that one began
+            starts.taken_back(count)
+            inside -= set(gone)
+        elif what == "end" and inside:
+            starts.heard([done(min(inside))], None, 0.0)
+            inside.remove(min(inside))
+        starts.look(0.0, early=True)  # notices when there is nothing any more
+        assert (starts.look_at < INF) == bool(inside)
+
+
 def test_looks_at_a_child_that_begins_nothing_get_rare() -> None:
     scene = Scene()
     gaps = []
