@@ -28,7 +28,9 @@ READ_WAIT_S = 5.0  # how long one read waits for records; bounds how stale `last
 NAMED_AT_MOST = 5  # ids in a log line
 GO_BACK_RETRY_S = 0.5
 COMMIT_AFTER_S = 0.05  # after the first of the rows is durable: until then, other batches share the commit
-COMMIT_RETRY_S = 1.0
+COMMIT_RETRY_S = (0.2, 1.0)  # first and longest pause after the log took no offsets
+LAST_TRIES = 4  # before offsets are given up, at a stop or a revocation
+LAST_TRIES_WITHIN_S = 1.0  # not for a log that is away
 STORE_RETRY_S = (0.1, 5.0)  # first and longest pause after the store failed
 
 log = structlog.get_logger("taskd.ingest")
@@ -74,7 +76,7 @@ class Ingest:
             nursery.start_soon(self._commit_owed)
             while not self._stopped:
                 await self._read_once()
-            await self._commit()
+            await self._commit_at_last()
             nursery.cancel_scope.cancel()
 
     def set_limits(self, limits: Limits) -> None:
@@ -153,11 +155,23 @@ class Ingest:
     async def _commit_owed(self) -> None:
         """Commit what is owed soon after it is, and again what was refused: without a next batch nobody else
         would, until the tombstones are gone."""
+        pause_s, longest_s = COMMIT_RETRY_S
         while True:
             await self._owes.wait()
             await trio.sleep(COMMIT_AFTER_S)
-            if not await self._commit():
-                await trio.sleep(COMMIT_RETRY_S)
+            if await self._commit():
+                pause_s = COMMIT_RETRY_S[0]
+            else:
+                await trio.sleep(pause_s)
+                pause_s = min(pause_s * 2, longest_s)
+
+    async def _commit_at_last(self, partitions: Collection[Partition] | None = None) -> None:
+        """Commit what is owed before it is too late: whoever reads on from before it does all of it again."""
+        until = trio.current_time() + LAST_TRIES_WITHIN_S
+        for _ in range(LAST_TRIES):
+            if await self._commit(partitions) or trio.current_time() > until:
+                return
+            await trio.sleep(COMMIT_RETRY_S[0])
 
     async def _commit(self, partitions: Collection[Partition] | None = None) -> bool:
         """Commit what is owed of these partitions, None: of all. False: the log did not take it."""
@@ -208,7 +222,7 @@ class Ingest:
             if isinstance(change, Revoked):
                 self._revoked.update(change.partitions)
                 async with self._flushing:  # what was read before is stored now
-                    await self._commit(change.partitions)
+                    await self._commit_at_last(change.partitions)
                     for partition in change.partitions:
                         self._owed.pop(partition, None)
                     change.acknowledge()

@@ -184,6 +184,64 @@ async def test_what_is_owed_is_committed_before_feeding_ends(
     assert commits.seen == [(began, {Partition("taskd", 0): 1})]
 
 
+class Refusing(Commits):
+    """Refuses the first two commits, as Kafka does while a group rebalances."""
+
+    async def __call__(self, offsets: dict[Partition, int], metadata: str = "") -> None:
+        if len(self.seen) < 2:
+            self.seen.append((trio.current_time(), dict(offsets)))
+            raise LogUnavailable("rebalancing")
+        await super().__call__(offsets, metadata)
+
+
+async def test_what_is_owed_is_tried_again_before_a_partition_is_given_up(
+    autojump_clock: Clock, tmp_path: Path, open_broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MemoryLog(2, clock=TrioClock())
+    async with open_broker(tmp_path, log) as broker:
+        Refusing(broker, monkeypatch)
+        await broker.settle()
+        await broker.produce(*(broker.activation(f"id{n}") for n in range(20)))
+        await broker.settle()
+        async with log.open_reader(["taskd"], "taskd") as other:
+            assert await other.read_batch(100, 5) == []
+            (moved,) = other.assigned
+            assert await other.committed(moved)
+
+
+async def test_what_is_owed_is_tried_again_before_feeding_ends(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = Refusing(broker, monkeypatch)
+    await broker.settle()
+    await broker.produce(broker.activation("a"))
+    await broker.settle()
+    broker.ingest.stop()
+    await trio.sleep(5)
+    assert await broker.reader.committed(Partition("taskd", 0)) == 1
+    assert len(commits.seen) == 3
+
+
+async def test_a_log_that_is_away_does_not_hold_up_a_stop(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    async def away(offsets: object, metadata: str = "") -> None:
+        tried.append(trio.current_time())
+        await trio.sleep(5)
+        raise LogUnavailable("no answer")
+
+    monkeypatch.setattr(broker.reader, "commit", away)
+    await broker.settle()
+    await broker.produce(broker.activation("a"))
+    await broker.settle()
+    broker.ingest.stop()
+    began = trio.current_time()
+    await trio.sleep(60)
+    assert max(tried) <= began + 5  # once; what else was about to try is cut off
+
+
 async def test_a_commit_does_not_hold_up_the_next_batch(
     autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
