@@ -137,6 +137,8 @@ class Ingest:
         self._count(records, arrivals, inserted)
         self._owed.update(ends)
         self._owes.set()
+        if any(arrival.at_most_once for arrival in arrivals):
+            await self._commit()  # now: read again by another broker, they would run a second time there
         self._progress()
 
     async def _go_back(self) -> None:

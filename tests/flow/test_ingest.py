@@ -184,6 +184,19 @@ async def test_what_is_owed_is_committed_before_feeding_ends(
     assert commits.seen == [(began, {Partition("taskd", 0): 1})]
 
 
+async def test_what_may_run_once_only_is_committed_at_once(
+    autojump_clock: Clock, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = Commits(broker, monkeypatch)
+    await broker.settle()
+    began = trio.current_time()
+    await broker.produce(
+        broker.activation("a"), broker.activation("b", retry_state=broker.at_most_once_policy())
+    )
+    await broker.settle()
+    assert commits.seen == [(began, {Partition("taskd", 0): 2})]
+
+
 class Refusing(Commits):
     """Refuses the first two commits, as Kafka does while a group rebalances."""
 
