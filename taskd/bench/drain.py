@@ -9,7 +9,7 @@ import trio
 
 from taskd import aio
 from taskd.bench.figures import Report, Step, at_least, at_most
-from taskd.bench.scene import open_scene
+from taskd.bench.scene import Kafka, open_scene
 from taskd.bench.traffic import send, stretch, until_counted
 from taskd.clock import SystemClock
 from taskd.producer.client import open_producer
@@ -32,7 +32,7 @@ class Drained:
 
 
 async def drained(
-    folder: Path, step: Step, *, count: int, slots: int, payload: int, kafka: str | None, brokers: int = 1
+    folder: Path, step: Step, *, count: int, slots: int, payload: int, kafka: Kafka | None, brokers: int = 1
 ) -> Drained:
     """`count` no-ops wait in the stores, then a worker starts. From the first to the last that is done."""
     async with open_scene(folder, kafka, brokers=brokers) as scene, aio.open_loop():
@@ -56,7 +56,7 @@ async def drained(
 
 
 async def drain(
-    folder: Path, report: Report, step: Step, *, count: int, slots: int, payload: int, kafka: str | None
+    folder: Path, report: Report, step: Step, *, count: int, slots: int, payload: int, kafka: Kafka | None
 ) -> None:
     found = await drained(folder, step, count=count, slots=slots, payload=payload, kafka=kafka)
     if count >= MANY_WAITING:
@@ -78,7 +78,7 @@ async def drain(
 
 
 async def through(
-    folder: Path, report: Report, step: Step, *, count: int, slots: int, payload: int, kafka: str | None
+    folder: Path, report: Report, step: Step, *, count: int, slots: int, payload: int, kafka: Kafka | None
 ) -> None:
     """Everything runs, then `count` no-ops are produced. From the first send to the last end."""
     async with open_scene(folder, kafka) as scene, aio.open_loop():

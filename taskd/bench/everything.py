@@ -12,6 +12,7 @@ from taskd.bench.figures import Report, Step
 from taskd.bench.ingest import ingest
 from taskd.bench.latency import latency
 from taskd.bench.rpc import rpc
+from taskd.bench.scene import Kafka
 from taskd.bench.soak import soak
 
 MILLION = 1_000_000
@@ -19,7 +20,7 @@ MILLION = 1_000_000
 Part = Callable[[Path, Report, Step], Awaitable[None]]
 
 
-def parts(kafka: str) -> dict[str, Part]:
+def parts(kafka: Kafka) -> dict[str, Part]:
     """By name, in their order. The last takes longest: a million activations at a steady rate."""
     return {
         "drain": partial(drain, count=50_000, slots=2, payload=0, kafka=None),
@@ -34,7 +35,7 @@ def parts(kafka: str) -> dict[str, Part]:
     }
 
 
-async def everything(folder: Path, report: Report, step: Step, *, kafka: str) -> None:
+async def everything(folder: Path, report: Report, step: Step, *, kafka: Kafka) -> None:
     """Every part on a folder of its own, which is emptied only at the end."""
     all_parts = parts(kafka)
     for number, (name, part) in enumerate(all_parts.items()):

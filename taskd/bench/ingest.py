@@ -6,7 +6,7 @@ from pathlib import Path
 
 from taskd import aio
 from taskd.bench.figures import Report, Step, at_least
-from taskd.bench.scene import open_scene
+from taskd.bench.scene import Kafka, open_scene
 from taskd.bench.traffic import send, stretch, until_counted
 from taskd.producer.client import open_producer
 
@@ -14,7 +14,7 @@ INGEST_PER_S = 35_000  # alone, from Kafka
 
 
 async def ingest(
-    folder: Path, report: Report, step: Step, *, count: int, payload: int, kafka: str | None
+    folder: Path, report: Report, step: Step, *, count: int, payload: int, kafka: Kafka | None
 ) -> None:
     """On Kafka the records wait, then the broker starts. The embedded log is the broker's: both at once."""
     async with open_scene(folder, kafka) as scene, aio.open_loop():

@@ -11,7 +11,7 @@ import trio
 
 from taskd import aio
 from taskd.bench.figures import BenchFailed, Report, Step, at_most, percentile
-from taskd.bench.scene import open_scene
+from taskd.bench.scene import Kafka, open_scene
 from taskd.bench.tasks import tell
 from taskd.clock import monotonic_s
 from taskd.config.schema import ProducerConfig
@@ -62,7 +62,7 @@ async def latency(
     *,
     count: int,
     slots: int,
-    kafka: str | None,
+    kafka: Kafka | None,
     seed: int,
     existing: ProducerConfig | None = None,
 ) -> None:

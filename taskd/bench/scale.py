@@ -7,6 +7,7 @@ from pathlib import Path
 
 from taskd.bench.drain import Drained, drained
 from taskd.bench.figures import Report, Step, at_most
+from taskd.bench.scene import Kafka
 
 FLAT = 1.2  # times the cost of the first
 KB, MB = 1_000, 1_000_000
@@ -23,13 +24,13 @@ async def scale(
     payloads: Sequence[int],
     brokers: Sequence[int],
     slots: int,
-    kafka: str | None,
+    kafka: Kafka | None,
 ) -> None:
     """Drains of `waiting` no-ops, then of `payloads` bytes each, then from so many `brokers` on Kafka."""
     runs = len(waiting) + len(payloads) + len(brokers)
     finished = 0
 
-    async def one(count: int, *, payload: int = 0, kafka: str | None = None, brokers: int = 1) -> Drained:
+    async def one(count: int, *, payload: int = 0, kafka: Kafka | None = None, brokers: int = 1) -> Drained:
         nonlocal finished
         own = folder / str(finished)
         own.mkdir()

@@ -26,7 +26,6 @@ from taskd.rpc.access import Access, producer_access
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 30.0
 TOPIC = "taskd-bench"
-PARTITIONS = 2  # of that topic on Kafka, for each broker
 ROOM = 100_000_000  # rows: a benchmark measures the way, not its limits
 END_OF_LOG = 15  # lines shown when a daemon failed
 
@@ -74,6 +73,21 @@ class Daemon:
 
 
 @dataclass(frozen=True, slots=True)
+class Kafka:
+    """A cluster, by its bootstrap servers. `fetch_max_wait_ms`: for one that answers no sooner when a record
+    comes; None: as usual."""
+
+    address: str
+    fetch_max_wait_ms: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As a broker's configuration names it."""
+        wait_ms = self.fetch_max_wait_ms
+        return {"address": self.address} | ({"fetch_max_wait_ms": wait_ms} if wait_ms else {})
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """What belongs to one broker of a scene."""
 
@@ -109,7 +123,7 @@ class Scene:
 
     folder: Path
     short_folder: Path  # for what may not have a long path
-    kafka: str | None
+    kafka: Kafka | None
     places: Sequence[Place]  # none, when a broker that is there already is used
     _stack: AsyncExitStack
     _broker_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -134,7 +148,7 @@ class Scene:
             return self._existing
         if self.kafka is None:
             return ProducerConfig(broker=self.address, timeout_s=60)
-        return ProducerConfig(log="kafka", kafka=self.kafka, topic=TOPIC, timeout_s=60)
+        return ProducerConfig(log="kafka", kafka=self.kafka.address, topic=TOPIC, timeout_s=60)
 
     async def brokers(self) -> list[Daemon]:
         """Start every broker of ours; returns when all are ready. They end with the scene, if not before."""
@@ -150,8 +164,8 @@ class Scene:
         if self.kafka is not None:
             log = {
                 "kind": "kafka",
-                "clusters": {"default": {"address": self.kafka}},
-                "topics": {TOPIC: {"consumer_group": TOPIC, "partitions": PARTITIONS * len(self.places)}},
+                "clusters": {"default": self.kafka.settings},
+                "topics": {TOPIC: {"consumer_group": TOPIC, "partitions": len(self.places)}},
                 "deadletter_topic": f"{TOPIC}-dlq",
             }
         limits = dict.fromkeys(("max_pending_count", "max_delay_count", "max_processing_count"), ROOM)
@@ -219,7 +233,7 @@ class Scene:
 @asynccontextmanager
 async def open_scene(
     folder: Path,
-    kafka: str | None = None,
+    kafka: Kafka | None = None,
     *,
     brokers: int = 1,
     settings: Mapping[str, Any] | None = None,
@@ -227,9 +241,9 @@ async def open_scene(
 ) -> AsyncIterator[Scene]:
     """An empty scene in `folder`; what was started in it ends with the block.
 
-    `kafka`: bootstrap servers of the log, which several brokers share; None: the embedded one, which belongs
-    to one broker. `settings`: further sections of a broker's configuration. `existing`: how to reach a broker
-    that runs already; then none is started.
+    `kafka`: the log, which several brokers share; None: the embedded one, which belongs to one broker.
+    `settings`: further sections of a broker's configuration. `existing`: how to reach a broker that runs
+    already; then none is started.
     """
     if existing is not None:
         brokers = 0

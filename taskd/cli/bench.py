@@ -16,11 +16,13 @@ from taskd.cli.exits import EX_INTERRUPTED
 
 if TYPE_CHECKING:
     from taskd.bench.figures import Report
+    from taskd.bench.scene import Kafka as _Kafka
     from taskd.config.schema import ProducerConfig
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 EX_MISSED = 3
+LOCAL_FETCH_MS = 20  # it answers a fetch when its time is over, not when a record comes
 
 Count = Annotated[int, typer.Option(min=1, metavar="N", help="Activations.")]
 Slots = Annotated[int, typer.Option(min=1, metavar="N", help="Child processes of the worker.")]
@@ -294,14 +296,16 @@ def _existing(broker: str | None, kafka: str | None = None) -> ProducerConfig | 
 
 
 @contextmanager
-def _kafka(wanted: str | None) -> Iterator[str | None]:
+def _kafka(wanted: str | None) -> Iterator[_Kafka | None]:
+    from taskd.bench.scene import Kafka
+
     if wanted != "local":
-        yield wanted
+        yield None if wanted is None else Kafka(wanted)
         return
     from taskd.testing.kafka import open_local_kafka
 
     with open_local_kafka() as address:
-        yield address
+        yield Kafka(address, LOCAL_FETCH_MS)
 
 
 async def _measure(benchmark: Callable[..., Awaitable[None]], name: str) -> bool:
