@@ -139,6 +139,11 @@ class Scene:
         return producer_access(self.producer)
 
     @property
+    def topic(self) -> str:
+        """On Kafka, where a topic has as many partitions as brokers share it."""
+        return f"{TOPIC}-{len(self.places)}"
+
+    @property
     def stores(self) -> list[Path]:
         return [place.store for place in self.places]
 
@@ -148,7 +153,7 @@ class Scene:
             return self._existing
         if self.kafka is None:
             return ProducerConfig(broker=self.address, timeout_s=60)
-        return ProducerConfig(log="kafka", kafka=self.kafka.address, topic=TOPIC, timeout_s=60)
+        return ProducerConfig(log="kafka", kafka=self.kafka.address, topic=self.topic, timeout_s=60)
 
     async def brokers(self) -> list[Daemon]:
         """Start every broker of ours; returns when all are ready. They end with the scene, if not before."""
@@ -165,7 +170,7 @@ class Scene:
             log = {
                 "kind": "kafka",
                 "clusters": {"default": self.kafka.settings},
-                "topics": {TOPIC: {"consumer_group": TOPIC, "partitions": len(self.places)}},
+                "topics": {self.topic: {"consumer_group": self.topic, "partitions": len(self.places)}},
                 "deadletter_topic": f"{TOPIC}-dlq",
             }
         limits = dict.fromkeys(("max_pending_count", "max_delay_count", "max_processing_count"), ROOM)

@@ -277,7 +277,12 @@ def _run(name: str, benchmark: Bench, parent: Path | None, as_json: bool, kafka:
         if name in ("drain", "through", "latency", "ingest", "scale", "all"):
             arguments["kafka"] = stack.enter_context(_kafka(kafka))
         report = Report(name, machine.describe(folder))
-        interrupted = trio.run(_measure, partial(benchmark, folder, report, **arguments), name)
+        try:
+            interrupted = trio.run(_measure, partial(benchmark, folder, report, **arguments), name)
+        except BaseException:
+            if report.figures:
+                _print(report, as_json)  # what was found by then
+            raise
     _print(report, as_json)
     raise typer.Exit(EX_INTERRUPTED if interrupted else 0 if report.all_met else EX_MISSED)
 
