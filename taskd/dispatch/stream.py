@@ -18,7 +18,8 @@ from taskd.inflight.base import ClaimRequest, Lease, LeaseKind, Ref, Report, Rep
 from taskd.inflight.heartbeats import Heartbeat
 from taskd.inflight.presence import Presence
 from taskd.inflight.standing import StandingClaim
-from taskd.inflight.writer import Inflight, Wake
+from taskd.inflight.wake import Wake
+from taskd.inflight.writer import Inflight
 from taskd.locks import take
 from taskd.rpc.base import Duplex, Services, Stream
 from taskd.telemetry import metrics

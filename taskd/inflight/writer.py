@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 import trio
 
-from taskd.activation.lifecycle import HELD, LEAVING, Status
+from taskd.activation.lifecycle import LEAVING, Status
 from taskd.activation.switches import Board, Switch, SwitchSource
 from taskd.clock import Clock, Now
 from taskd.database import free_bytes, wal_bytes
@@ -37,7 +37,10 @@ from taskd.inflight.base import (
 from taskd.inflight.cancelling import Cancelled, Cancelling
 from taskd.inflight.claims import Claims
 from taskd.inflight.departures import Departures
+from taskd.inflight.describing import describe
+from taskd.inflight.handouts import Handouts
 from taskd.inflight.heartbeats import Extending, Heartbeat, ProgressNotes
+from taskd.inflight.held import HeldRows
 from taskd.inflight.known import KnownTasks
 from taskd.inflight.leases import Leases
 from taskd.inflight.limits import LimitState, room
@@ -46,6 +49,7 @@ from taskd.inflight.relaning import Relaning
 from taskd.inflight.sqlite import Changes, SqliteStore
 from taskd.inflight.standing import StandingClaims
 from taskd.inflight.switches import DemotedTo, Looked, Replaced, Switches
+from taskd.inflight.wake import Wake
 
 T = TypeVar("T")
 
@@ -54,21 +58,6 @@ TOKENS_AT_LEAST_MS = 10  # between two wake-ups by tokens: those of a fast rate 
 TOKENS_AT_MOST_S = 20.0
 
 log = structlog.get_logger("taskd.inflight")
-
-
-class Wake:
-    """Wakes one task; a hundred wake-ups before it looks make one."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-
-    def set(self) -> None:
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Return once it was set since the last return."""
-        await self._event.wait()
-        self._event = trio.Event()
 
 
 class Inflight:
@@ -85,7 +74,9 @@ class Inflight:
         departures = Departures(store)
         self._departures = departures
         self._arrivals = Arrivals(store, departures)
-        self._leases = Leases(store, departures)
+        held = HeldRows(store)
+        self._handouts = Handouts(store, departures, held)
+        self._leases = Leases(store, departures, held)
         self._extending = Extending(store, self._leases)
         self._progress = ProgressNotes()
         self._claims = Claims(store)
@@ -151,11 +142,11 @@ class Inflight:
         return self._committer.begin(lambda: write(self._clock.now()))
 
     def _begin_claim(self, request: ClaimRequest) -> Pending[list[Lease]]:
-        return self._begin(lambda now: self._leases.claim(request, now))
+        return self._begin(lambda now: self._handouts.claim(request, now))
 
     async def claim(self, request: ClaimRequest) -> list[Lease]:
         def claim(now: Now) -> tuple[list[Lease], bool, int]:
-            return self._leases.claim(request, now), self._leases.cut_short, now.mono_ms
+            return self._handouts.claim(request, now), self._handouts.cut_short, now.mono_ms
 
         while not self.trouble:
             try:
@@ -202,7 +193,7 @@ class Inflight:
                 if claims and claims[-1].cut_short:  # what one claim passes over is enough for a transaction
                     claims.append(Claimed([], cut_short=True))
                 else:
-                    claims.append(self._leases.claim_each(request, now))
+                    claims.append(self._handouts.claim_each(request, now))
             return verdicts, claims, now.mono_ms
 
         verdicts, claims, looked_ms = await self._submit(write)
@@ -296,7 +287,7 @@ class Inflight:
         return await self._submit(lambda now: self._departures.forget(now.wall_ms - ttl_ms, max_count, limit))
 
     async def describe(self, ids: Sequence[str]) -> list[Description]:
-        found = await self._submit(lambda now: [self._describe(id_, now) for id_ in ids])
+        found = await self._submit(lambda now: [describe(self._store, id_, now) for id_ in ids])
         mono_ms = self._clock.now().mono_ms
         return [self._progress.added_to(description, mono_ms) for description in found]
 
@@ -361,7 +352,7 @@ class Inflight:
         """What each limit allows, and what it is asked for now."""
         states = self._store.limits.states(self._clock.now().mono_ms)
         if self._store.limits.pools:
-            states += await self._submit(lambda now: self._leases.pool_states())
+            states += await self._submit(lambda now: self._handouts.pool_states())
         return states
 
     def _expect_token(self, looked_ms: int) -> None:
@@ -501,49 +492,6 @@ class Inflight:
         """Whoever looked at the counters meanwhile saw what did not come to be, and has to look again."""
         for _, wake in self._watchers:
             wake.set()
-
-    def _describe(self, id_: str, now: Now) -> Description:
-        found = self._store.one("describe", id_)
-        if found is None:
-            return Description(id_)
-        (
-            _,
-            status,
-            outcome,
-            continued_as,
-            dead_lettered,
-            attempts,
-            received,
-            finished,
-            reason,
-            error,
-            stuck,
-            holder,
-            fence,
-            started,
-            lease_end,
-            lane,
-            taskname,
-        ) = found
-        if status == Status.PENDING and not reason and self._store.limits.rules:
-            reason = self._store.held_back(lane, taskname, now)
-        held = status in HELD
-        return Description(
-            id_,
-            Status(status),
-            outcome or "",
-            continued_as or "",
-            bool(dead_lettered),
-            attempts,
-            received,
-            finished or 0,
-            reason or "",
-            stuck or error or "",
-            worker=(holder or "") if held else "",
-            fence=fence if held else 0,
-            started_at_ms=(started or 0) if held else 0,
-            deadline_in_ms=lease_end - now.mono_ms if held and lease_end is not None else None,
-        )
 
 
 @asynccontextmanager

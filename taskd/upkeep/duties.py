@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from taskd.clock import Clock
-from taskd.inflight.writer import Wake
+from taskd.inflight.wake import Wake
 from taskd.telemetry import metrics
 
 FAILED_PAUSE_S = (0.2, 30.0)  # first and longest pause after a failed round

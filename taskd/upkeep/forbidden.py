@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 
 import structlog
 
-from taskd.inflight.writer import Inflight, Wake
+from taskd.inflight.wake import Wake
+from taskd.inflight.writer import Inflight
 from taskd.upkeep.duties import Duty
 
 TRY_EVERY_S = 60.0

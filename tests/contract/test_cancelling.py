@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rows import arrival
 
 from taskd.activation.ids import retry_id
 from taskd.activation.lifecycle import Status
@@ -29,27 +30,6 @@ from taskd.testing.clock import FixedClock
 IDS = 12
 STEPS = 300
 ENDS_IT = {Effect.DROPPED, Effect.STOPPING, Effect.UNTOLD, Effect.EXPECTED}
-
-
-def arrival(id_: str, attempts: int = 0, delay_s: int | None = None) -> Arrival:
-    return Arrival(
-        id=id_,
-        namespace="ns",
-        taskname="task",
-        application="shop",
-        received_at_ms=None,
-        processing_deadline_s=10,
-        expires_s=None,
-        delay_s=delay_s,
-        attempts=attempts,
-        dead_letter=False,
-        at_most_once=False,
-        topic="taskd",
-        partition=0,
-        offset=0,
-        record_key=None,
-        activation=id_.encode(),
-    )
 
 
 class Life:
@@ -75,7 +55,11 @@ class Life:
 
     def produce(self, id_: str, first: str, attempts: int = 0) -> None:
         self.first[id_] = first
-        self.log.append(arrival(id_, attempts, delay_s=self.rng.choice((None, 5))))
+        # None of it is dead-lettered.
+        delay_s = self.rng.choice((None, 5))
+        self.log.append(
+            arrival(id_, attempts=attempts, delay_s=delay_s, received_at_ms=None, dead_letter=False)
+        )
 
     async def read_the_log(self) -> None:
         found = self.rng.sample(self.log, min(3, len(self.log)))

@@ -27,7 +27,9 @@ from taskd.inflight.base import (
     Verdict,
 )
 from taskd.inflight.departures import Departures
+from taskd.inflight.handouts import Handouts
 from taskd.inflight.heartbeats import Extending, Heartbeat
+from taskd.inflight.held import HeldRows
 from taskd.inflight.leases import Leases
 from taskd.inflight.sqlite import SqliteStore
 from taskd.inflight.writer import Inflight, open_inflight
@@ -206,10 +208,12 @@ def test_a_lease_ends_a_deadline_after_its_last_heartbeat_or_at_the_limit(
     clock = FixedClock()
     folder = tmp_path_factory.mktemp("store")
     core = SqliteStore(folder / "s.sqlite", clock.now(), Policy(max_processing_deadline_ms=cap_ms))
-    leases = Leases(core, departures := Departures(core))
+    held, departures = HeldRows(core), Departures(core)
+    leases = Leases(core, departures, held)
     extending = Extending(core, leases)
     Arrivals(core, departures).insert([arrival("a")], clock.now())
-    (lease,) = leases.claim(ClaimRequest(1, LeaseKind.STREAM, holder="w"), clock.now())
+    request = ClaimRequest(1, LeaseKind.STREAM, holder="w")
+    (lease,) = Handouts(core, departures, held).claim(request, clock.now())
     leases.start([lease.ref], clock.now())
     start_ms = clock.now().mono_ms
     deadline_ms = min(DEADLINE_MS, cap_ms or DEADLINE_MS)

@@ -13,7 +13,7 @@ from rows import arrival, check
 
 from taskd.activation.lifecycle import Event, Status
 from taskd.activation.switches import Switch, SwitchKind
-from taskd.inflight import held, leases
+from taskd.inflight import handouts, held
 from taskd.inflight.base import ClaimRequest, LeaseKind, Policy, Ref, Report, ReportStatus, Verdict
 from taskd.inflight.sqlite import Changes
 from taskd.inflight.writer import Inflight, open_inflight
@@ -176,7 +176,7 @@ async def test_reports_and_claims_are_one_write(store: Inflight) -> None:
 async def test_claims_that_go_together_pass_over_no_more_than_one_claim_may(
     store: Inflight, clock: FixedClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "MAX_EXPIRED_PER_CLAIM", 3)
+    monkeypatch.setattr(handouts, "MAX_EXPIRED_PER_CLAIM", 3)
     for number in range(10):
         late = [arrival(f"{number} {n}", expires_s=5, dead_letter=False) for n in range(3)]
         await store.insert([*late, arrival(f"good {number}")])

@@ -19,7 +19,7 @@ from rows import arrival, check
 from taskd.activation.lifecycle import Status
 from taskd.clock import Now
 from taskd.errors import StartupError, StoreError
-from taskd.inflight import leases as leases_module
+from taskd.inflight import handouts
 from taskd.inflight import sqlite as sqlite_module
 from taskd.inflight.base import (
     ClaimRequest,
@@ -802,7 +802,7 @@ async def test_a_lane_dropped_in_a_write_that_is_undone_is_there_again(store: In
 async def test_a_claim_expires_a_bounded_number_of_rows(
     store: Inflight, clock: FixedClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases_module, "MAX_EXPIRED_PER_CLAIM", 10)
+    monkeypatch.setattr(handouts, "MAX_EXPIRED_PER_CLAIM", 10)
     await put(store, *(f"{n}" for n in range(95)), expires_s=1, dead_letter=False)
     await put(store, "fresh")
     clock.advance(2)

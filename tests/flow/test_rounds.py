@@ -214,14 +214,14 @@ async def test_a_disk_that_is_found_full_by_a_claim_takes_the_report_and_hands_o
     await produce(broker, "a", "b")
     await callers.call("1")
     store = broker.inflight._store
-    really = broker.inflight._leases.claim
+    really = broker.inflight._handouts.claim
 
     def full(request: Any, now: Any) -> Any:
         if store.trouble:
             return really(request, now)
         raise apsw.FullError("database or disk is full")
 
-    broker.inflight._leases.claim = full
+    broker.inflight._handouts.claim = full
     await callers.call("2", done("a"))
     assert callers.got == {"1": "a", "2": None}
     assert await statuses(broker, "a", "b") == [Status.GONE, Status.PENDING]

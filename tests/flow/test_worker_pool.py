@@ -382,6 +382,14 @@ async def running(
     assert spawner.open_count == 0
 
 
+async def quicken(broker: Connection, count: int = 40) -> None:
+    """Teach the pool that tasks are quick, so that it fetches ahead and feeds its children ahead."""
+    for number in range(count):
+        broker.tell(work(f"q{number}", task="0.0001"))
+        await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
+        broker.take_all()
+
+
 async def test_work_is_asked_for_by_free_slots_and_results_come_back(autojump_clock: MockClock) -> None:
     async with running() as it:
         broker = await it.network.accept()
@@ -404,10 +412,7 @@ async def test_work_is_asked_for_by_free_slots_and_results_come_back(autojump_cl
 async def test_quick_tasks_are_fetched_ahead_and_slow_ones_are_not(autojump_clock: MockClock) -> None:
     async with running() as it:
         broker = await it.network.accept()
-        for number in range(40):
-            broker.tell(work(f"q{number}", task="0.0001"))
-            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
-            broker.take_all()
+        await quicken(broker)
         assert it.pool.statistics().prefetch == 1_000
         broker.tell(work("slow", task="8"))
         await broker.until(lambda: len(broker.results) == 41)
@@ -447,10 +452,7 @@ async def test_work_behind_a_slow_task_in_a_child_runs_elsewhere(
 ) -> None:
     async with running() as it:
         broker = await it.network.accept()
-        for number in range(40):  # teach it that tasks are quick, so that children are fed ahead
-            broker.tell(work(f"q{number}", task="0.0001"))
-            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
-        broker.take_all()
+        await quicken(broker)
         begin = trio.current_time()
         slow = Assignment("slow", 1, b"9", 10_000)
         quick = [Assignment(f"r{number}", 1, b"0.0001", 10_000) for number in range(60)]
@@ -465,10 +467,7 @@ async def test_the_slot_with_least_to_do_gets_what_comes(autojump_clock: MockClo
     """Children are fed ahead, so the first one would take it as well, and keep it behind what it runs."""
     async with running(slots=3) as it:
         broker = await it.network.accept()
-        for number in range(40):
-            broker.tell(work(f"q{number}", task="0.0001"))
-            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
-            broker.take_all()
+        await quicken(broker)
         begin = trio.current_time()
         for name in ("a", "b", "c"):
             broker.tell(work(name, task="0.05"))
@@ -483,10 +482,7 @@ async def test_slots_share_evenly_what_comes_at_once(
     """Also when the tasks before were so quick that one child would be given all of it."""
     async with running(slots=4) as it:
         broker = await it.network.accept()
-        for number in range(60):
-            broker.tell(work(f"q{number}", task="0.0001"))
-            await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
-            broker.take_all()
+        await quicken(broker, 60)
         begin = trio.current_time()
         broker.tell(work(*(f"s{number}" for number in range(count)), task=task))
         await broker.until(lambda: len(broker.results) == 60 + count)
@@ -510,14 +506,6 @@ async def test_what_an_operator_stops_ends_unreported_wherever_it_is(autojump_cl
         await trio.testing.wait_all_tasks_blocked()
         assert it.pool.statistics().crashes == 0
         assert it.pool.statistics().in_children == 0
-
-
-async def quicken(broker: Connection) -> None:
-    """Teach the pool that tasks are quick, so that children are fed ahead."""
-    for number in range(40):
-        broker.tell(work(f"q{number}", task="0.0001"))
-        await broker.until(lambda n=number: len(broker.results) == n + 1)  # type: ignore[misc]
-    broker.take_all()
 
 
 async def test_an_order_does_not_hit_the_task_after_the_one_it_is_for(autojump_clock: MockClock) -> None:
